@@ -1,0 +1,66 @@
+"""Which implementation of an operation runs: `triton`, `torch` or `reference`.
+
+An explicit choice is obeyed or refused, never replaced. `auto` picks `triton` for tensors on a GPU that
+Triton supports and `torch` everywhere else; `explain` says what it picks and why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from fedperfix_kernels.checks import check_choice
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+# The triton package does not exist for macOS and Windows; the other two backends work there.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's interpreter, for tests only. Triton reads the variable when a kernel is defined, so read it once.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """Name the implementation that runs for tensors on `device`.
+
+    Args:
+        backend: one of `BACKENDS`; None means `auto`.
+        device: where the operation's tensors are.
+
+    Returns:
+        `triton`, `torch` or `reference`.
+
+    Raises:
+        ValueError: an unknown name, or `triton` where it cannot run.
+    """
+    backend = "auto" if backend is None else backend
+    check_choice("backend", backend, BACKENDS)
+    if backend == "auto":
+        return "triton" if HAS_TRITON and device.type == "cuda" else "torch"
+    if backend == "triton":
+        obstacle = _triton_obstacle(device)
+        if obstacle:
+            raise ValueError(f"backend: got 'triton', but {obstacle}; use backend='torch' or 'auto'")
+    return backend
+
+
+def explain(backend: str | None, device: torch.device) -> str:
+    """One line for people: the implementation that `resolve` names, and the reason."""
+    name = resolve(backend, device)
+    if backend not in (None, "auto"):
+        return f"{name} (asked for)"
+    if name == "triton":
+        return f"triton (fused kernels on {torch.cuda.get_device_name(device)})"
+    if device.type == "cuda":
+        return "torch (the triton package is not installed)"
+    return f"torch (no Triton kernels on '{device.type}': PyTorch's own operations, composed)"
+
+
+def _triton_obstacle(device: torch.device) -> str:
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETING):
+        return ""
+    return f"the tensors are on '{device.type}' and Triton kernels need a GPU"

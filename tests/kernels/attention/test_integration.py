@@ -1,0 +1,245 @@
+"""Strides, autograd, torch.compile, autocast, checkpointing, opcheck, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fedperfix_kernels import packed_prefix_attention, prefix_attention
+from fedperfix_kernels.attention import MODES
+from tests.kernels.attention.cases import NAMES, Case, make_inputs, run
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+def separate(inputs) -> list[Tensor]:
+    """q, k, v, p_k, p_v and gate as contiguous leaves."""
+    pieces = [*inputs.qkv.unbind(2), *inputs.prefix.unbind(2), inputs.gate]
+    return [x.detach().clone().contiguous() for x in pieces]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "heads before tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens before batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second element": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0],
+    "inside a larger buffer": lambda x: torch.nn.functional.pad(x, (3, 5, 0, 0, 1, 2), value=torch.nan)[
+        :, 1:-2, :, 3:-5
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("poisoned")
+def test_any_strides_give_the_same_result(mode: str, layout: str, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 19, 3, 16), device, torch.float32)
+    expected = run(inputs, mode, "triton", packed=False)
+    *tensors, gate = separate(inputs)
+    leaves = [LAYOUTS[layout](x).requires_grad_() for x in tensors]
+    assert all(torch.equal(leaf, x) for leaf, x in zip(leaves, tensors, strict=True))
+    out = prefix_attention(*leaves, gate, mode=mode, backend="triton")
+    gradients = torch.autograd.grad(out, leaves, inputs.dout)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(torch.stack(gradients[:3], 2), expected[1])
+    assert torch.equal(torch.stack(gradients[3:], 2), expected[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_expanded_inputs_and_gradients(mode: str, backend: str, device: torch.device) -> None:
+    """Inputs expanded along the batch, and the stride-0 gradient that out.sum().backward() sends."""
+    inputs = make_inputs(Case(1, 17, 2, 16), device, torch.float32)
+    leaves = [x.requires_grad_() for x in separate(inputs)[:5]]
+    expanded = [x.expand(3, -1, -1, -1) for x in leaves]
+    out = prefix_attention(*expanded, inputs.gate, mode=mode, backend=backend)
+    out.sum().backward()
+    copies = [x.detach().repeat(3, 1, 1, 1).requires_grad_() for x in leaves]
+    copied = prefix_attention(*copies, inputs.gate, mode=mode, backend="reference")
+    copied.backward(torch.ones_like(copied))
+    torch.testing.assert_close(out, copied, rtol=1e-5, atol=1e-5)
+    for leaf, copy in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf.grad, copy.grad.sum(0, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_and_separate_agree(mode: str, backend: str, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    for name, x, y in zip(NAMES, run(inputs, mode, backend), run(inputs, mode, backend, False), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wanted", range(6))
+def test_only_the_gradients_that_are_needed(mode: str, wanted: int, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    results = []
+    for backend in ("triton", "reference"):
+        arguments = separate(inputs)
+        arguments[wanted].requires_grad_()
+        out = prefix_attention(*arguments, mode=mode, backend=backend)
+        results.append(torch.autograd.grad(out, arguments[wanted], inputs.dout)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [0.7, 1, "scalar", "one"])
+def test_gate_as_number_and_tensor(gate, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 9, 3, 16), device, torch.float32)
+    value = {"scalar": torch.tensor(0.7, device=device), "one": torch.tensor([0.7], device=device)}.get(gate, gate)
+    number = gate if isinstance(gate, (int, float)) else 0.7
+    arguments = separate(inputs)[:5]
+    per_head = torch.full((3,), float(number), device=device)
+    for backend in BACKENDS:
+        out = prefix_attention(*arguments, value, backend=backend)
+        assert torch.equal(out, prefix_attention(*arguments, per_head, backend=backend))
+
+
+def test_a_scalar_gate_gets_the_sum_of_the_heads_gradients(device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 9, 3, 16), device, torch.float32)
+    gate = torch.tensor(0.7, device=device, requires_grad=True)
+    per_head = torch.full((3,), 0.7, device=device, requires_grad=True)
+    for value, backend in ((gate, "triton"), (per_head, "reference")):
+        packed_prefix_attention(inputs.qkv, inputs.prefix, value, backend=backend).backward(inputs.dout)
+    torch.testing.assert_close(gate.grad, per_head.grad.sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_same_input_gives_the_same_bits(mode: str, shared: bool, device: torch.device) -> None:
+    inputs = make_inputs(Case(3, 33, 2, 16, shared=shared), device, torch.float32)
+    first = run(inputs, mode, "triton")
+    for _ in range(3):
+        for name, x, y in zip(NAMES, first, run(inputs, mode, "triton"), strict=True):
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck(mode: str, shared: bool, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 9, 2, 16, shared=shared), device, torch.float32)
+    *tensors, gate = (x.requires_grad_() for x in separate(inputs))
+    ops = torch.ops.fedperfix
+    torch.library.opcheck(ops.prefix_attention, (*tensors, gate, mode, 0.25))
+    packed = (inputs.qkv.requires_grad_(), inputs.prefix.requires_grad_(), gate, mode, 0.25)
+    torch.library.opcheck(ops.packed_prefix_attention, packed)
+    with torch.no_grad():
+        out, lse = ops.packed_prefix_attention(*packed)
+        frozen = [x.detach() for x in (*inputs.qkv.unbind(2), *inputs.prefix.unbind(2), gate)]
+        for need_prefix in (True, False):
+            arguments = (inputs.dout, *frozen, out, lse, mode, 0.25, need_prefix)
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(ops.prefix_attention_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_torch_compile_without_graph_breaks(mode: str, backend: str, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    compiler = "aot_eager" if backend == "triton" else "inductor"
+
+    def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
+        return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=backend)
+
+    torch._dynamo.reset()
+    leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)(*leaves)
+    gradients = torch.autograd.grad(compiled, leaves, inputs.dout)
+    expected = run(inputs, mode, backend)
+    for name, x, y in zip(NAMES, (compiled, *gradients), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_gradients_are_right_or_refused(compiled: bool, device: torch.device) -> None:
+    """torch.func.grad, which once gave zeros under torch.compile where the gradient was registered elsewhere."""
+    inputs = make_inputs(Case(1, 9, 1, 16), device, torch.float32)
+
+    def loss(qkv: Tensor) -> Tensor:
+        return (packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend="triton") * inputs.dout).sum()
+
+    gradient = torch.func.grad(loss)
+    if compiled:
+        torch._dynamo.reset()
+        gradient = torch.compile(gradient, backend="aot_eager")
+    torch.testing.assert_close(gradient(inputs.qkv), run(inputs, "gated", "reference")[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives(backend: str, device: torch.device) -> None:
+    inputs = make_inputs(Case(1, 5, 1, 16), device, torch.float32)
+    qkv = inputs.qkv.requires_grad_()
+    out = packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend=backend)
+    (gradient,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(gradient.square().sum(), qkv)[0].abs().sum() > 0
+    else:
+        with pytest.raises((NotImplementedError, RuntimeError), match="derivative|not have been used"):
+            torch.autograd.grad(gradient.square().sum(), qkv)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_casts_like_scaled_dot_product_attention(mode: str, backend: str, device: torch.device) -> None:
+    """float16 under autocast equals float16 by hand, and gradients come back in the inputs' own dtype."""
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
+    with torch.autocast(device.type, dtype=torch.float16):
+        out = packed_prefix_attention(*leaves, mode=mode, backend=backend)
+    assert out.dtype == torch.float16
+    gradients = torch.autograd.grad(out, leaves, inputs.dout.half())
+    assert [x.dtype for x in gradients] == [torch.float32] * 3
+    by_hand = packed_prefix_attention(
+        inputs.qkv.half(), inputs.prefix.half(), inputs.gate, mode=mode, backend=backend
+    )
+    assert torch.equal(out, by_hand)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
+
+    def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
+        return packed_prefix_attention(qkv, prefix, gate, backend="triton")
+
+    out = checkpoint(function, *leaves, use_reentrant=reentrant)
+    out.backward(inputs.dout)
+    for leaf, expected in zip(leaves, run(inputs, "gated", "triton")[1:], strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend: str, device: torch.device) -> None:
+    qkv = torch.zeros(0, 17, 3, 2, 16, device=device, requires_grad=True)
+    prefix = torch.zeros(0, 17, 2, 2, 16, device=device, requires_grad=True)
+    out = packed_prefix_attention(qkv, prefix, 1.0, backend=backend)
+    assert out.shape == (0, 17, 2, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_infinity_are_not_hidden(backend: str, device: torch.device) -> None:
+    inputs = make_inputs(Case(2, 17, 2, 16, 5), device, torch.float32)
+    inputs.prefix[1, 2, 0, 1, 3] = torch.nan
+    out = run(inputs, "gated", backend)[0]
+    assert out[1, :, 1].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[1, :, 0].isfinite().all()
+
+
+def test_nothing_large_is_saved_for_backward(device: torch.device) -> None:
+    """The packed inputs, out and two rows of log-sum-exps: no [N, N] tensor, no copy of q, k or v."""
+    inputs = make_inputs(Case(1, 129, 1, 16), device, torch.float32)
+    saved: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = packed_prefix_attention(*leaves, backend="triton")
+    expected = sum(x.nbytes for x in leaves) + out.nbytes + 2 * 129 * 4
+    assert sum(saved.values()) == expected

@@ -1,0 +1,75 @@
+"""Which implementation runs, and what is said about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedperfix_kernels import backends, explain
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_never_the_interpreter() -> None:
+    assert backends.resolve(None, CPU) == "torch"
+    assert backends.resolve("auto", CPU) == "torch"
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    assert backends.resolve("auto", torch.device("cuda")) == "triton"
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert backends.resolve("auto", torch.device("cuda")) == "torch"
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_an_explicit_choice_is_obeyed(name: str) -> None:
+    assert backends.resolve(name, CPU) == name
+    assert backends.resolve(name, torch.device("cuda")) == name
+
+
+def test_an_explicit_choice_is_refused_rather_than_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="the triton package is not installed; use backend='torch'"):
+        backends.resolve("triton", torch.device("cuda"))
+
+
+def test_explain_says_what_and_why() -> None:
+    assert explain("auto", CPU).startswith("torch (no Triton kernels on 'cpu'")
+    assert explain("reference", CPU) == "reference (asked for)"
+
+
+@pytest.mark.slow
+def test_works_where_triton_does_not_exist() -> None:
+    """As on macOS and Windows: import and both other backends, with the triton package hidden."""
+    script = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ModuleNotFoundError("No module named 'triton'", name=name)
+import importlib.util
+original = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else original(name, *rest)
+sys.meta_path.insert(0, Hide())
+import torch
+import fedperfix_kernels as kernels
+x = torch.randn(2, 5, 3, 8)
+for backend in ("auto", "torch", "reference"):
+    assert kernels.prefix_attention(x, x, x, x, x, 0.5, backend=backend).isfinite().all()
+    mean = kernels.aggregate(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), [1, 3], backend=backend)
+    assert mean.tolist() == [2.5, 5.0]
+try:
+    kernels.prefix_attention(x, x, x, x, x, 0.5, backend="triton")
+except ValueError as error:
+    assert "not installed" in str(error), error
+else:
+    raise AssertionError("backend='triton' was not refused")
+assert "triton" not in sys.modules
+print("fine")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "fine", result.stderr
