@@ -101,9 +101,11 @@ def describe(
 
 def all_variants() -> Iterator[Variant]:
     """Every variant of every operation of this package."""
+    from fedperfix_kernels.aggregation.variants import variants as aggregation_variants
     from fedperfix_kernels.attention.variants import variants as attention_variants
 
     yield from attention_variants()
+    yield from aggregation_variants()
 
 
 def compile_variant(variant: Variant, target: str) -> Resources:
