@@ -99,12 +99,12 @@ def describe(
     return Variant(name, function, signature, dict(constants), attributes, num_warps, num_stages)
 
 
-def all_variants() -> Iterator[Variant]:
-    """Every variant of every operation of this package."""
+def all_variants(target: str) -> Iterator[Variant]:
+    """Every variant of every operation of this package, as it is launched on `target`."""
     from fedperfix_kernels.aggregation.variants import variants as aggregation_variants
     from fedperfix_kernels.attention.variants import variants as attention_variants
 
-    yield from attention_variants()
+    yield from attention_variants(amd=target.startswith("gfx"))
     yield from aggregation_variants()
 
 
@@ -161,20 +161,14 @@ def compile_all(targets: Collection[str], match: str = "", processes: int | None
     Returns:
         One Resources per variant and target, in order.
     """
-    jobs = [
-        (variant.name, target)
-        for variant in all_variants()
-        for target in targets
-        # AMD GPUs have no TF32 products: the package computes in full precision there.
-        if match in variant.name and not (target.startswith("gfx") and "tf32" in variant.name)
-    ]
+    found = [(v.name, target) for target in targets for v in all_variants(target) if match in v.name]
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
-        return list(pool.map(_compile_by_name, jobs, chunksize=4))
+        return list(pool.map(_compile_by_name, found, chunksize=4))
 
 
 def _compile_by_name(job: tuple[str, str]) -> Resources:
     name, target = job
-    variant = next(variant for variant in all_variants() if variant.name == name)
+    variant = next(variant for variant in all_variants(target) if variant.name == name)
     try:
         return compile_variant(variant, target)
     except Exception as error:

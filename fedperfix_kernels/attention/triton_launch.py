@@ -43,7 +43,7 @@ def forward(
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((branches(mode), batch, heads, tokens), dtype=gate.dtype, device=q.device)
-    config = launch_config(FORWARD, _products(q), head_dim)
+    config = _config(FORWARD, q)
     with torch.cuda.device_of(q):
         kernels.attention_forward[batch * heads, triton.cdiv(tokens, config.block_m)](
             q, k, v, prefix_k, prefix_v, gate, out, lse,
@@ -127,7 +127,7 @@ def _prefix_gradient(
     shared = prefix_k.shape[0] == 1 and batch > 1
     per_program = 1
     if shared:
-        config = launch_config(BACKWARD_KEYS, _products(q), q.shape[3])
+        config = _config(BACKWARD_KEYS, q)
         programs = heads * max(1, triton.cdiv(prefix_len, config.block_n))
         per_program = triton.cdiv(batch, max(1, min(batch, _TARGET_PROGRAMS // programs)))
     parts = triton.cdiv(batch, per_program)
@@ -156,8 +156,8 @@ def _launch_queries(
     scale: float,
 ) -> Tensor:
     """Write dq and delta; return the gate's partial sums [B, H, blocks] (not written in `additive`)."""
-    batch, tokens, heads, head_dim = q.shape
-    config = launch_config(BACKWARD_QUERIES, _products(q), head_dim)
+    batch, tokens, heads, _head_dim = q.shape
+    config = _config(BACKWARD_QUERIES, q)
     blocks = triton.cdiv(tokens, config.block_m)
     dgate = torch.empty((batch, heads, blocks), dtype=gate.dtype, device=q.device)
     kernels.attention_backward_queries[batch * heads, blocks](
@@ -192,9 +192,9 @@ def _launch_keys(
     batch_per_program: int = 1,
 ) -> Tensor:
     """Write dk, dv (and dprefix with `add`); return the gate's partial sums [B, H, blocks] (only with `add`)."""
-    batch, tokens, heads, head_dim = q.shape
+    batch, tokens, heads, _head_dim = q.shape
     length = k.shape[1]
-    config = launch_config(BACKWARD_KEYS, _products(q), head_dim)
+    config = _config(BACKWARD_KEYS, q)
     blocks = triton.cdiv(length, config.block_n)
     parts = triton.cdiv(batch, batch_per_program)
     dgate = torch.empty((parts, heads, blocks), dtype=gate.dtype, device=q.device)
@@ -218,6 +218,10 @@ def _empty_prefix(q: Tensor, parts: int, prefix_len: int, dtype: torch.dtype) ->
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, token and head; a batch of one (a shared prefix) does not advance."""
     return (0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
+
+
+def _config(kernel: str, q: Tensor) -> LaunchConfig:
+    return launch_config(kernel, _products(q), q.shape[3], amd=torch.version.hip is not None)
 
 
 def _constants(q: Tensor, config: LaunchConfig) -> dict[str, object]:

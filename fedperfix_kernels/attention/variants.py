@@ -32,23 +32,25 @@ _BRANCHES = {
 }
 
 
-def variants() -> Iterator[Variant]:
-    """Yield every (kernel, mode or branch, element type, head width)."""
+def variants(amd: bool = False) -> Iterator[Variant]:
+    """Yield every (kernel, mode or branch, element type, head width), as configured for NVIDIA or AMD GPUs."""
     for element, kind in _ELEMENT_TYPES:
+        if amd and kind == TF32:  # AMD GPUs compute in full float32
+            continue
         for head_dim in HEAD_DIMS:
             for kernel, function in (
                 (FORWARD, kernels.attention_forward),
                 (BACKWARD_QUERIES, kernels.attention_backward_queries),
             ):
                 for mode in MODES:
-                    yield _variant(kernel, function, mode, {"MODE": mode}, element, kind, head_dim)
+                    yield _variant(kernel, function, mode, {"MODE": mode}, element, kind, head_dim, amd)
             for branch, flags in _BRANCHES.items():
                 function = kernels.attention_backward_keys
-                yield _variant(BACKWARD_KEYS, function, branch, flags, element, kind, head_dim)
+                yield _variant(BACKWARD_KEYS, function, branch, flags, element, kind, head_dim, amd)
 
 
-def _variant(kernel, function, case, flags, element, kind, head_dim) -> Variant:
-    config = launch_config(kernel, kind, head_dim)
+def _variant(kernel, function, case, flags, element, kind, head_dim, amd) -> Variant:
+    config = launch_config(kernel, kind, head_dim, amd)
     constants = flags | {
         "D": head_dim,
         "BLOCK_M": config.block_m,

@@ -1,0 +1,462 @@
+"""One flat configuration: it gives the command line, `--config FILE`, and the run folder's config.toml.
+
+A value comes from the command line if it is there, else from the file, else from the default. Everything that
+can be wrong with a value without looking at data or model is found by `TrainConfig.validate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+GROUPS = ("Method", "Data", "Model", "Training", "Output")
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# A resumed run may differ in these from the run it continues: they change where and how long, not what.
+RESUMABLE = ("rounds", "device", "data_dir", "run_dir", "checkpoint_every", "tensorboard")
+# A saved configuration describes the experiment, not the folder that it was run in.
+NOT_SAVED = ("run_dir", "resume")
+
+_PRESETS = Path(__file__).parent / "presets"
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+class ConfigError(ValueError):
+    """A wrong setting; the message is one sentence that names the option and what it takes."""
+
+
+# The registries are imported when they are asked for: they import this module for ConfigError.
+def _methods() -> tuple[str, ...]:
+    from fedperfix.methods import METHODS
+
+    return tuple(METHODS)
+
+
+def _datasets() -> tuple[str, ...]:
+    from fedperfix.data import DATASETS
+
+    return tuple(DATASETS)
+
+
+def _kernel_choices(name: str) -> Callable[[], tuple[str, ...]]:
+    def choices() -> tuple[str, ...]:
+        from fedperfix_kernels import attention, nn
+
+        return getattr(attention if name == "MODES" else nn, name)
+
+    return choices
+
+
+def _option(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    choices: Callable[[], tuple[str, ...]] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of `TrainConfig`: its default, its place in --help, and the values that it takes."""
+    metadata = {
+        "group": group,
+        "help": text,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "below": below,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a run, as scalars; the fields' help texts say what each one means."""
+
+    method: str = _option("fedperfix", "Method", "the federated method", choices=_methods)
+    mode: str = _option(
+        "gated",
+        "Method",
+        "how the prefix enters the attention: a gated second branch, keys beside the base keys (the paper's "
+        "equations), or added to the keys (the authors' code)",
+        choices=_kernel_choices("MODES"),
+    )
+    prefix: str = _option("adapter", "Method", "where the prefix comes from", choices=_kernel_choices("PREFIXES"))
+    gate: float = _option(1.0, "Method", "the scale of the prefix (its start, when it is learned)")
+    learn_gate: bool = _option(True, "Method", "learn the gate, one value per attention head")
+    bottleneck: int = _option(64, "Method", "inner width of the adapter", at_least=1)
+    prefix_len: int = _option(10, "Method", "number of keys, with --prefix tokens", at_least=1)
+    depth: int | None = _option(
+        None, "Method", "number of first blocks that get a prefix (default: every block)", at_least=1
+    )
+    init: str = _option(
+        "zero",
+        "Method",
+        "start of the prefix: zero leaves the model's output as it was",
+        choices=_kernel_choices("INITS"),
+    )
+
+    dataset: str = _option(
+        "fashion-mnist", "Data", "the images; fashion-mnist is part of the package", choices=_datasets
+    )
+    data_dir: str | None = _option(
+        None, "Data", "folder of cifar10 or cifar100; downloaded into it if it is empty or missing"
+    )
+    clients: int = _option(32, "Data", "number of clients that the images are divided among", at_least=1)
+    alpha: float = _option(
+        0.1, "Data", "Dirichlet concentration of each class over the clients; small is uneven", above=0
+    )
+    min_client_size: int | None = _option(
+        None,
+        "Data",
+        "fewest images that a client may have (default: 27 % of the mean, as in the paper)",
+        at_least=2,
+    )
+    test_fraction: float = _option(
+        0.25, "Data", "part of each client's images that is held out for its test", above=0, below=1
+    )
+
+    model: str = _option("vit-mini", "Model", "vit-mini (small, from scratch) or the name of any timm ViT")
+    pretrained: bool = _option(False, "Model", "start from timm's pretrained weights")
+    image_size: int | None = _option(
+        None, "Model", "side to which images are resized (default: the images' own)", at_least=1
+    )
+
+    rounds: int = _option(40, "Training", "number of federated rounds", at_least=1)
+    sampled: int = _option(8, "Training", "number of clients that train in a round", at_least=1)
+    local_epochs: int = _option(1, "Training", "passes of a client over its images in a round", at_least=1)
+    local_steps: int | None = _option(
+        None, "Training", "optimizer steps of a client in a round, instead of --local-epochs", at_least=1
+    )
+    batch_size: int = _option(32, "Training", "images per optimizer step", at_least=1)
+    lr: float = _option(1e-3, "Training", "learning rate", above=0)
+    optimizer: str = _option("adamw", "Training", "optimizer of the clients", choices=lambda: OPTIMIZERS)
+    momentum: float = _option(0.0, "Training", "momentum, with --optimizer sgd", at_least=0, below=1)
+    weight_decay: float = _option(0.0, "Training", "weight decay", at_least=0)
+    precision: str = _option(
+        "auto",
+        "Training",
+        "number format of forward and backward; auto chooses by the device",
+        choices=lambda: PRECISIONS,
+    )
+    fused: bool = _option(True, "Training", "fused attention and aggregation, or the plain reference")
+    device: str = _option("auto", "Training", "auto, cpu, cuda, cuda:N or mps")
+    seed: int = _option(0, "Training", "seed of every random choice", at_least=0)
+
+    eval_every: int = _option(5, "Output", "rounds between evaluations over all clients", at_least=1)
+    checkpoint_every: int = _option(5, "Output", "rounds between checkpoints", at_least=1)
+    run_dir: str | None = _option(None, "Output", "folder of the run (default: a new one under runs/)")
+    resume: str | None = _option(
+        None, "Output", "folder of a run to continue, with the configuration that is in it"
+    )
+    tensorboard: bool = _option(False, "Output", "write TensorBoard files as well")
+
+    def validate(self) -> TrainConfig:
+        """Check every value, and those that depend on each other.
+
+        Returns:
+            The same configuration, so that the call can end an expression.
+
+        Raises:
+            ConfigError: the first wrong value.
+        """
+        for name, kind in _KINDS.items():
+            _check_field(name, kind, getattr(self, name))
+        if self.sampled > self.clients:
+            raise _wrong("sampled", self.sampled, f"at most --clients, which is {self.clients}")
+        if self.momentum and self.optimizer != "sgd":
+            raise _wrong("momentum", self.momentum, f"0 with --optimizer {self.optimizer}; choose --optimizer sgd")
+        if self.mode == "additive" and self.prefix == "tokens":
+            takes = "'gated' or 'concat' with --prefix tokens, which has no key for each token of the image"
+            raise _wrong("mode", self.mode, takes)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise _wrong("device", self.device, "auto, cpu, cuda, cuda:N or mps")
+        return self
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The type of a field: one of int, float, bool, str, perhaps or None."""
+
+    base: type
+    optional: bool
+
+
+def _kind(hint: Any) -> _Kind:
+    if isinstance(hint, types.UnionType):
+        return _Kind(next(a for a in typing.get_args(hint) if a is not types.NoneType), True)
+    return _Kind(hint, False)
+
+
+_FIELDS = {item.name: item for item in fields(TrainConfig)}
+_HINTS = typing.get_type_hints(TrainConfig)
+_KINDS = {name: _kind(_HINTS[name]) for name in _FIELDS}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for.
+
+    With `--resume DIR` it is the one in DIR/config.toml, in which the command line may change `RESUMABLE`
+    only; `run_dir` is DIR unless `--run-dir` says otherwise.
+
+    Args:
+        argv: arguments without the program's name; None is the process's own.
+
+    Returns:
+        A valid configuration.
+
+    Raises:
+        ConfigError: a wrong, unknown or contradicting option, or a wrong file.
+        SystemExit: after `--help`.
+    """
+    values, source = _read_command_line(argv)
+    if "resume" in values:
+        return _resumed(values, source).validate()
+    settings = _read_file(source) if source is not None else {}
+    if "local_epochs" in values:  # else steps of the file would silently win over epochs of the command line
+        settings.pop("local_steps", None)
+    return TrainConfig(**(settings | values)).validate()
+
+
+def given(argv: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of the fields that a command line sets itself (not through `--config`).
+
+    Raises:
+        ConfigError: as `parse_args`, for the command line alone.
+    """
+    return frozenset(_read_command_line(argv)[0])
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the configurations that come with the package and that `--config` takes."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def load(source: str | Path) -> TrainConfig:
+    """The configuration in a TOML file, or in a preset by name.
+
+    Args:
+        source: name of a preset, else path of a file.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key or a value of a wrong type or range.
+    """
+    return TrainConfig(**_read_file(source)).validate()
+
+
+def to_toml(config: TrainConfig) -> str:
+    """A configuration as TOML text, grouped; fields that are None and those in `NOT_SAVED` are left out."""
+    lines = []
+    for group in GROUPS:
+        lines += ["", f"# {group}"]
+        for name, item in _FIELDS.items():
+            value = getattr(config, name)
+            if item.metadata["group"] == group and name not in NOT_SAVED and value is not None:
+                lines.append(f"{name} = {_toml_scalar(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def from_toml(text: str, source: str = "configuration") -> TrainConfig:
+    """The configuration in a TOML text; what it leaves out has its default.
+
+    Args:
+        text: keys are field names of `TrainConfig`, without tables.
+        source: what to call the text in an error, such as its file name.
+
+    Raises:
+        ConfigError: not TOML, an unknown key or a value of a wrong type or range.
+    """
+    return TrainConfig(**_parse_toml(text, source)).validate()
+
+
+def option_name(name: str) -> str:
+    """The command-line option of a field: `local_epochs` is `--local-epochs`."""
+    return "--" + name.replace("_", "-")
+
+
+def _toml_scalar(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # JSON's escapes are TOML's, except that TOML also wants DEL escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _read_file(source: str | Path) -> dict[str, Any]:
+    path = _PRESETS / f"{source}.toml" if str(source) in presets() else Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        takes = f"a TOML file or one of the presets {', '.join(presets())}"
+        raise ConfigError(f"--config: cannot read '{source}' ({reason}), takes {takes}") from error
+    return _parse_toml(text, str(source))
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not a TOML file: {error}") from error
+    for name, value in values.items():
+        if name not in _KINDS or name == "resume":
+            raise ConfigError(f"{source}: unknown key '{name}'" + _suggestion(name, _KINDS))
+        values[name] = _typed(_KINDS[name], value, f"{source}: {name}")
+    return values
+
+
+def _typed(kind: _Kind, value: object, where: str) -> Any:
+    """`value` if it is of the kind, a whole number as a float where a float is due."""
+    if value is None and kind.optional:
+        return None
+    if kind.base is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind.base:
+        raise ConfigError(f"{where}: got {value!r}, takes {_WORDS[kind.base]}")
+    return value
+
+
+def _check_field(name: str, kind: _Kind, value: Any) -> None:
+    _typed(kind, value, option_name(name))
+    if value is None:
+        return
+    rules = _FIELDS[name].metadata
+    if rules["choices"] is not None:
+        choices = rules["choices"]()
+        if value not in choices:
+            raise ConfigError(
+                f"{option_name(name)}: got '{value}', takes one of {', '.join(choices)}"
+                + _suggestion(value, choices)
+            )
+    elif kind.base in (int, float) and not _within(value, rules):
+        raise _wrong(name, value, _range_in_words(_WORDS[kind.base], rules))
+
+
+def _within(value: float, rules: typing.Mapping[str, Any]) -> bool:
+    return (
+        math.isfinite(value)
+        and (rules["at_least"] is None or value >= rules["at_least"])
+        and (rules["above"] is None or value > rules["above"])
+        and (rules["below"] is None or value < rules["below"])
+    )
+
+
+def _range_in_words(noun: str, rules: typing.Mapping[str, Any]) -> str:
+    limits = [
+        f"{words} {rules[rule]}"
+        for rule, words in (("at_least", "of at least"), ("above", "above"), ("below", "below"))
+        if rules[rule] is not None
+    ]
+    return f"{noun} " + (" and ".join(limits) or "that is finite")
+
+
+def _wrong(name: str, value: object, takes: str) -> ConfigError:
+    return ConfigError(f"{option_name(name)}: got {value}, takes {takes}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _resumed(values: dict[str, Any], source: str | None) -> TrainConfig:
+    folder = values["resume"]
+    if source is not None:
+        raise ConfigError(f"--config: a resumed run takes its configuration from '{folder}'; leave --config out")
+    path = Path(folder) / "config.toml"
+    try:
+        saved = from_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--resume: got '{folder}', takes the folder of a run, with a readable config.toml in it"
+        ) from error
+    for name, value in values.items():
+        if name not in (*RESUMABLE, "resume") and value != getattr(saved, name):
+            allowed = ", ".join(map(option_name, RESUMABLE))
+            raise ConfigError(
+                f"{option_name(name)}: got {value}, but the run in '{folder}' has {getattr(saved, name)}; "
+                f"a resumed run takes new values of {allowed} only"
+            )
+    return replace(saved, **({"run_dir": folder} | values))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _read_command_line(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+    """The fields that the command line sets, and its `--config`."""
+    parser = _build_parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"{unknown[0]}: unknown option" + _suggestion(unknown[0].split("=")[0], options))
+    values = vars(namespace)
+    source = values.pop("config", None)
+    if "local_epochs" in values and "local_steps" in values:
+        raise ConfigError("--local-steps: takes the place of --local-epochs; give one of the two")
+    return values, source
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fedperfix.train",
+        description="Personalised federated learning of Vision Transformers. Without options it trains FedPerfix on "
+        "images that are part of the package.",
+        epilog="Accuracies, curves, the resolved configuration and a checkpoint go to the folder of the run.",
+        argument_default=argparse.SUPPRESS,  # so that what the command line leaves out is absent, not a default
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"TOML file or preset ({', '.join(presets())}); other options win over it",
+    )
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for name, item in _FIELDS.items():
+            if item.metadata["group"] == title:
+                _add_option(group, name)
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, name: str) -> None:
+    rules, kind, default = _FIELDS[name].metadata, _KINDS[name], _FIELDS[name].default
+    if kind.base is bool:
+        action = group.add_argument(option_name(name), action=argparse.BooleanOptionalAction)
+        shown = "yes" if default else "no"
+    else:
+        choices = rules["choices"]
+        metavar = "{" + ",".join(choices()) + "}" if choices else {int: "N", float: "X", str: "NAME"}[kind.base]
+        if name.endswith("_dir") or name == "resume":
+            metavar = "DIR"
+        action = group.add_argument(option_name(name), metavar=metavar, type=_reader(kind.base))
+        shown = str(default)
+    text = rules["help"] if default is None else f"{rules['help']} (default: {shown})"
+    action.help = text.replace("%", "%%")
+
+
+def _reader(base: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return base(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got '{text}', takes {_WORDS[base]}") from None
+
+    return read

@@ -1,0 +1,160 @@
+"""Models: small presets of our own and any timm Vision Transformer, by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fedperfix.config import ConfigError, TrainConfig
+from fedperfix.methods import METHODS
+from fedperfix.models.groups import GROUPS, parameter_groups
+from fedperfix.randomness import torch_seed
+from fedperfix_kernels import apply_prefix
+
+__all__ = ["GROUPS", "PRESETS", "create_model", "parameter_groups"]
+
+# Names that are not timm's: arguments of timm's VisionTransformer.
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit-mini": {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+}
+
+
+def create_model(config: TrainConfig, *, channels: int, num_classes: int, image_hw: tuple[int, int]) -> nn.Module:
+    """Build the model of a run, with seeded initial weights and, where the method has prefixes, with them.
+
+    Args:
+        config: names the model, the method and the prefix's options.
+        channels: of the data's images.
+        num_classes: of the data.
+        image_hw: the data's own height and width, used where `--image-size` is not given.
+
+    Returns:
+        The model, float32 on the CPU: [B, channels, size, size] to [B, num_classes].
+
+    Raises:
+        ConfigError: an unknown model, an image size that the patch does not divide, pretrained weights that cannot be
+            had, a prefix that does not fit the model. The sentence names the option.
+    """
+    size = image_size(config, image_hw)
+    shape = {"in_chans": channels, "num_classes": num_classes, "img_size": size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, "model"))
+        model = _backbone(config.model, shape)
+        _check_patch(model, size)
+        _check_state(model, config.model)
+        if config.pretrained:
+            model = _pretrained(config.model, shape)
+        if METHODS[config.method].uses_prefix:
+            _add_prefix(model, config)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):  # timm's switch between fused and eager attention
+                module.fused_attn = config.fused
+        _try(model, torch.zeros(1, channels, size, size))
+    return model
+
+
+def image_size(config: TrainConfig, image_hw: tuple[int, int]) -> int:
+    """Height and width in pixels of the images that the model sees.
+
+    Raises:
+        ConfigError: the data's images are not square and `--image-size` is not given.
+    """
+    if config.image_size is not None:
+        return config.image_size
+    height, width = image_hw
+    if height != width:
+        raise ConfigError(
+            f"--image-size: not given, and the data's images are {height}x{width}; give a number of pixels, "
+            "the images are resized to a square of it"
+        )
+    return height
+
+
+def _backbone(name: str, shape: dict[str, int]) -> nn.Module:
+    if name in PRESETS:
+        return VisionTransformer(**PRESETS[name], **shape)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*PRESETS, *timm.list_models()], n=3, cutoff=0.5)
+        like = f" such as {', '.join(close)}" if close else ""
+        raise ConfigError(f"--model: got '{name}', takes {', '.join(PRESETS)} or a timm model's name{like}")
+    try:
+        return timm.create_model(name, pretrained=False, **shape)
+    except TypeError as error:
+        raise ConfigError(f"--model: got '{name}', takes a Vision Transformer of timm's ({error})") from error
+
+
+def _pretrained(name: str, shape: dict[str, int]) -> nn.Module:
+    if name in PRESETS:
+        raise ConfigError(
+            f"--pretrained: '{name}' has no pretrained weights; leave it out, or use a timm model's name"
+        )
+    try:
+        return timm.create_model(name, pretrained=True, **shape)
+    except Exception as error:  # timm, huggingface_hub and the network raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--pretrained: the weights of '{name}' cannot be loaded ({reason}); connect to the network, put them "
+            "into Hugging Face's cache, or leave --pretrained out"
+        ) from error
+
+
+def _check_patch(model: nn.Module, size: int) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    if patch is None:
+        return
+    patch = max(patch) if isinstance(patch, (tuple, list)) else patch
+    if size % patch:
+        below, above = size // patch * patch, -(-size // patch) * patch
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"--image-size: got {size}, takes a multiple of the model's patch size {patch}; use {near}"
+        )
+
+
+def _check_state(model: nn.Module, name: str) -> None:
+    """Refuse running statistics: they are no parameters, so they would leak from client to client."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            raise ConfigError(f"--model: got '{name}', takes a model without batch norm's running statistics")
+
+
+def _add_prefix(model: nn.Module, config: TrainConfig) -> None:
+    try:
+        apply_prefix(
+            model,
+            mode=config.mode,
+            prefix=config.prefix,
+            bottleneck=config.bottleneck,
+            prefix_len=config.prefix_len,
+            gate=config.gate,
+            learn_gate=config.learn_gate,
+            depth=config.depth,
+            init=config.init,
+            backend="auto" if config.fused else "reference",
+        )
+    except (TypeError, ValueError) as error:
+        raise _as_option(error) from error
+
+
+@torch.no_grad()
+def _try(model: nn.Module, images: torch.Tensor) -> None:
+    """One forward pass, so that a prefix that does not fit the tokens is found before a run begins."""
+    training = model.training
+    try:
+        model.eval()(images)
+    except ValueError as error:
+        raise _as_option(error) from error
+    finally:
+        model.train(training)
+
+
+def _as_option(error: Exception) -> ConfigError:
+    """The kernels name their arguments; the command line's options have the same names."""
+    argument, _, rest = str(error).partition(":")
+    return ConfigError(f"--{argument.replace('_', '-')}:{rest}")

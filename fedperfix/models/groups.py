@@ -1,0 +1,76 @@
+"""Named groups of parameters, told apart by the modules that hold them.
+
+A method says which groups stay with the client. Every parameter is in exactly one group; where modules are nested
+the first group of `GROUPS` that claims a parameter has it: the norm of q and k belongs to the attention layer, the
+bias of the classifier to the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from fedperfix_kernels import PrefixAttention
+from fedperfix_kernels.nn import Prefix
+
+GROUPS = ("prefix", "head", "attention", "mlp", "patch_embed", "norm", "position", "other")
+
+# timm has many attention, MLP and norm classes; their class names end in what they are.
+_CLASS_SUFFIXES = {
+    "attention": ("Attention",),
+    "mlp": ("Mlp", "SwiGLU"),
+    "patch_embed": ("PatchEmbed", "HybridEmbed"),
+    "norm": ("LayerNorm", "RmsNorm", "RMSNorm", "GroupNorm"),
+}
+# What a VisionTransformer holds directly, beside its modules.
+_POSITION_PARAMETERS = ("pos_embed", "cls_token", "reg_token", "dist_token")
+
+
+def parameter_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Sort a model's parameters into the named groups.
+
+    Args:
+        model: a timm VisionTransformer, or any module; `get_classifier()`, if it has one, names the head.
+
+    Returns:
+        For each of `GROUPS` the names of its parameters (as in `model.named_parameters()`, in that order), together
+        all of them, each once. A group that the model does not have is empty.
+    """
+    owners = {group: _identities(modules) for group, modules in _modules(model).items()}
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name, parameter in model.named_parameters():
+        owner = next((group for group in GROUPS if id(parameter) in owners.get(group, ())), None)
+        if owner is None:
+            owner = "position" if name in _POSITION_PARAMETERS else "other"
+        groups[owner].append(name)
+    return {group: tuple(names) for group, names in groups.items()}
+
+
+def _modules(model: nn.Module) -> dict[str, list[nn.Module]]:
+    modules: dict[str, list[nn.Module]] = {group: [] for group in ("prefix", "head", *_CLASS_SUFFIXES)}
+    modules["head"] = _classifiers(model)
+    for module in model.modules():
+        if isinstance(module, Prefix):
+            modules["prefix"].append(module)
+        elif isinstance(module, PrefixAttention):
+            modules["attention"].append(module)
+        else:
+            names = tuple(cls.__name__ for cls in type(module).__mro__)
+            for group, suffixes in _CLASS_SUFFIXES.items():
+                if any(name.endswith(suffixes) for name in names):
+                    modules[group].append(module)
+                    break
+    return modules
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """The classifier's modules; distilled models have two."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    classifier = model.get_classifier()
+    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+
+
+def _identities(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}

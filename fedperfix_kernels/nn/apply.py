@@ -1,0 +1,136 @@
+"""Turn an existing timm ViT into a prefix ViT in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedperfix_kernels.checks import message
+from fedperfix_kernels.nn.attention import PrefixAttention
+from fedperfix_kernels.nn.prefixes import Prefix
+
+# What PrefixAttention computes besides the prefix; an attention class with other parts computes something else.
+_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+
+
+def apply_prefix(
+    model: nn.Module,
+    *,
+    mode: str = "gated",
+    prefix: str = "adapter",
+    bottleneck: int = 256,
+    prefix_len: int = 10,
+    gate: float = 1.0,
+    learn_gate: bool = True,
+    depth: int | Sequence[int] | None = None,
+    init: str = "zero",
+    backend: str | None = None,
+) -> nn.Module:
+    """Replace the attention layers of a timm ViT by `PrefixAttention`, keeping their parameters.
+
+    With the default start (`gated`, `init="zero"`) the model computes what it computed before.
+
+    Args:
+        model: a timm VisionTransformer (or any module whose attention layers are `timm.layers.Attention`).
+        mode, prefix, bottleneck, prefix_len, gate, learn_gate, init, backend: as in `PrefixAttention`.
+        depth: None for every block, n for the first n blocks, or the blocks' indices.
+
+    Returns:
+        `model`, changed in place.
+
+    Raises:
+        TypeError: an attention layer of a class that cannot carry a prefix.
+        ValueError: no attention layers, a depth that the model does not have, or a prefix already there.
+        ImportError: timm is not installed.
+    """
+    layers = _attention_layers(model)
+    chosen = _chosen(depth, len(layers))
+    plugins = {
+        name: _with_prefix(
+            layers[name],
+            mode=mode,
+            prefix=prefix,
+            bottleneck=bottleneck,
+            prefix_len=prefix_len,
+            gate=gate,
+            learn_gate=learn_gate,
+            init=init,
+            backend=backend,
+        )
+        for index, name in enumerate(layers)
+        if index in chosen
+    }
+    for name, layer in plugins.items():  # only now, so that an error above leaves the model as it was
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    return model
+
+
+def prefix_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that belong to prefix plugins, in the model's order."""
+    plugins = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Prefix)
+        for parameter in module.parameters()
+    }
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in plugins)
+
+
+def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    try:
+        from timm.layers import Attention
+    except ImportError as error:
+        raise ImportError(
+            "apply_prefix works on timm models: install timm, or use PrefixAttention itself"
+        ) from error
+
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PrefixAttention):
+            raise ValueError(f"model: '{name}' already has a prefix; apply_prefix takes a model without one")
+        if type(module) is Attention:
+            layers[name] = module
+        elif "attention" in type(module).__name__.lower() and hasattr(module, "qkv"):
+            raise TypeError(
+                f"model: '{name}' is a {type(module).__module__}.{type(module).__name__}, apply_prefix takes "
+                "timm.layers.Attention; use a plain ViT or DeiT, or write the layer with prefix_attention"
+            )
+    if not layers:
+        raise ValueError(
+            message("model", f"{type(model).__name__} without timm.layers.Attention", "a timm VisionTransformer")
+        )
+    return layers
+
+
+def _chosen(depth: int | Sequence[int] | None, blocks: int) -> set[int]:
+    if depth is None:
+        return set(range(blocks))
+    chosen = set(range(depth)) if isinstance(depth, int) else set(depth)
+    if not chosen or not chosen <= set(range(blocks)):
+        takes = f"None, a number from 1 to {blocks}, or indices from 0 to {blocks - 1}"
+        raise ValueError(message("depth", repr(depth), takes))
+    return chosen
+
+
+def _with_prefix(attention: nn.Module, **options: object) -> PrefixAttention:
+    """A PrefixAttention that holds `attention`'s own submodules."""
+    extra = {name for name, _ in attention.named_children()} - _PARTS
+    if extra:
+        raise TypeError(
+            f"model: its attention has parts that PrefixAttention does not compute ({', '.join(sorted(extra))}); "
+            "this timm version is newer than this package knows"
+        )
+    weight = attention.qkv.weight
+    layer = PrefixAttention(
+        attention.qkv.in_features,
+        num_heads=attention.num_heads,
+        attn_head_dim=attention.head_dim,
+        dim_out=attention.proj.out_features,
+        **options,
+    )
+    layer.prefix.to(device=weight.device, dtype=weight.dtype)
+    for name, child in attention.named_children():
+        setattr(layer, name, child)
+    return layer.train(attention.training)

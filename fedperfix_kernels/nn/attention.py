@@ -1,0 +1,206 @@
+"""`PrefixAttention`: timm's Attention with a prefix branch, computed by the fused kernels."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedperfix_kernels.attention import MODES, packed_prefix_attention, prefix_attention
+from fedperfix_kernels.backends import BACKENDS
+from fedperfix_kernels.checks import check_choice, describe, message
+from fedperfix_kernels.nn.prefixes import make_prefix
+
+
+class PrefixAttention(nn.Module):
+    """Multi-head self-attention with a prefix plugin, a drop-in for `timm.layers.Attention`.
+
+    The projections have timm's names, so a timm state dict loads as it is (the plugin then keeps its start);
+    everything that the prefix adds is under `prefix.`.
+
+    Args:
+        dim: C, width of the input tokens.
+        num_heads: H.
+        attn_head_dim: D; None is C / H.
+        dim_out: width of the output; None is C.
+        qkv_bias, proj_bias: whether the projections have a bias.
+        qk_norm, scale_norm, norm_layer: timm's norms of q and k, and of the attention's output.
+        gated: timm's sigmoid gate on the attention's output (not the prefix's gate).
+        attn_drop: dropout of the attention weights; only 0 while training.
+        proj_drop: dropout after the output projection.
+        device, dtype: of the parameters.
+        mode: `gated`, `concat` or `additive` (see `prefix_attention`).
+        prefix: `adapter`, `tokens`, `linear-zero` or `linear-random`.
+        bottleneck: R, the adapter's inner width (tokens: their MLP's, 0 for none).
+        prefix_len: L, number of learned tokens.
+        gate: start value of the prefix's gate, one per head.
+        learn_gate: whether the gate learns.
+        init: `zero` starts the plugin's last layer at zero, `default` as nn.Linear does.
+        backend: as in `prefix_attention`; None is `auto`.
+
+    Raises:
+        ValueError: an argument out of range; the message names it.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mode: str = "gated",
+        prefix: str = "adapter",
+        bottleneck: int = 256,
+        prefix_len: int = 10,
+        gate: float = 1.0,
+        learn_gate: bool = True,
+        init: str = "zero",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(message("dim", str(dim), f"a multiple of num_heads = {num_heads}"))
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError(message("norm_layer", "None", "a norm class when qk_norm or scale_norm is set"))
+        check_choice("mode", mode, MODES)
+        check_choice("backend", "auto" if backend is None else backend, BACKENDS)
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim or dim // num_heads
+        self.attn_dim = num_heads * self.head_dim
+        self.scale = self.head_dim**-0.5
+        self.mode = mode
+        self.backend = backend
+
+        self.qkv = nn.Linear(dim, self.attn_dim * 3, bias=qkv_bias)
+        self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(self.attn_dim) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias) if gated else None
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.prefix = make_prefix(
+            prefix,
+            dim=dim,
+            heads=num_heads,
+            head_dim=self.head_dim,
+            bottleneck=bottleneck,
+            prefix_len=prefix_len,
+            gate=gate,
+            learn_gate=learn_gate,
+            init=init,
+        )
+        self.to(device=device, dtype=dtype)
+        self.register_load_state_dict_pre_hook(_keep_prefix_when_missing)
+
+    @classmethod
+    def configured(cls, **options: Any) -> type[PrefixAttention]:
+        """This class with other defaults, for timm's `attn_layer`, which takes a class.
+
+        `timm.create_model(name, attn_layer=PrefixAttention.configured(mode="concat", bottleneck=64))`
+
+        Args:
+            options: any of the keyword-only arguments (`mode`, `prefix`, `bottleneck`, …).
+
+        Raises:
+            TypeError: an unknown option.
+        """
+        unknown = sorted(options.keys() - cls.__init__.__kwdefaults__.keys())
+        if unknown:
+            takes = ", ".join(cls.__init__.__kwdefaults__)
+            raise TypeError(message("options", ", ".join(unknown), takes))
+
+        class Configured(cls):  # type: ignore[valid-type, misc]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **(options | kwargs))
+
+        Configured.__init__.__kwdefaults__ = cls.__init__.__kwdefaults__ | options
+        Configured.__name__ = Configured.__qualname__ = cls.__name__
+        return Configured
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend over the tokens and the prefix.
+
+        Args:
+            x: [B, N, C].
+            attn_mask, is_causal: accepted for timm's sake; only None and False.
+
+        Returns:
+            [B, N, dim_out].
+
+        Raises:
+            NotImplementedError: a mask, or attention dropout while training.
+            ValueError: x of another width, or `additive` with another number of prefix tokens than N.
+        """
+        self._check(x, attn_mask, is_causal)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        pair = self.prefix(x)  # [B or 1, L, 2, H, D]
+        options = {"mode": self.mode, "scale": self.scale, "backend": self.backend}
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            out = packed_prefix_attention(qkv, pair, self.prefix.gate, **options)
+        else:
+            q, k, v = qkv.unbind(2)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            out = prefix_attention(q, k, v, *pair.unbind(2), self.prefix.gate, **options)
+        out = self.norm(out.flatten(2))  # [B, N, H·D]
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(message("x", describe(x), f"shape [batch, tokens, {self.qkv.in_features}]"))
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError(
+                "attn_mask, is_causal: got a mask, takes none (every token attends to every token); "
+                "keep timm's Attention for masked models"
+            )
+        if self.training and self.attn_drop.p > 0:
+            raise NotImplementedError(
+                f"attn_drop: got {self.attn_drop.p} while training, takes 0; "
+                "create the model with attn_drop_rate=0 and use proj_drop_rate or drop_path_rate instead"
+            )
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, head_dim={self.head_dim}, mode={self.mode!r}, backend={self.backend!r}"
+
+
+def _keep_prefix_when_missing(
+    module: nn.Module, state_dict: dict[str, Any], name: str, metadata: Any, strict: bool, *_: Any
+) -> None:
+    """Let a state dict without any prefix (a timm checkpoint) load: the plugin then keeps what it has."""
+    own = {name + key: value for key, value in module.state_dict().items() if key.startswith("prefix.")}
+    if own and not own.keys() & state_dict.keys():
+        state_dict.update(own)
+
+
+def set_backend(model: nn.Module, backend: str | None) -> None:
+    """Choose the implementation of every `PrefixAttention` in `model`.
+
+    Args:
+        model: any module.
+        backend: `auto`, `triton`, `torch`, `reference`, or None for `auto`.
+
+    Raises:
+        ValueError: an unknown name, or a model without `PrefixAttention`.
+    """
+    check_choice("backend", "auto" if backend is None else backend, BACKENDS)
+    layers = [module for module in model.modules() if isinstance(module, PrefixAttention)]
+    if not layers:
+        raise ValueError(message("model", type(model).__name__, "a model with PrefixAttention layers"))
+    for layer in layers:
+        layer.backend = backend

@@ -1,0 +1,253 @@
+"""PrefixAttention as a drop-in for timm's Attention, and apply_prefix on whole models."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fedperfix_kernels import PrefixAttention, apply_prefix, prefix_parameters, set_backend
+from fedperfix_kernels.nn.prefixes import AdapterPrefix
+
+SMALL = {"depth": 2, "img_size": 32, "num_classes": 5}
+
+
+def vit(name: str = "vit_tiny_patch16_224", **changes) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL | changes))
+
+
+def images(batch: int = 2, size: int = 32) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def randomise_prefix(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    for name in prefix_parameters(module):
+        parameter = module.get_parameter(name)
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return module
+
+
+TIMM_OPTIONS = [
+    {},
+    {"qkv_bias": True, "proj_bias": False},
+    {"qk_norm": True, "norm_layer": nn.LayerNorm},
+    {"attn_head_dim": 12},
+    {"qkv_bias": True, "scale_norm": True, "norm_layer": nn.LayerNorm, "proj_drop": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_starts_as_timms_attention(options: dict, backend: str) -> None:
+    torch.manual_seed(0)
+    theirs = Attention(48, num_heads=3, **options).eval()
+    ours = PrefixAttention(48, num_heads=3, bottleneck=8, backend=backend, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 48)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
+@pytest.mark.parametrize("prefix", ["adapter", "tokens", "linear-random"])
+def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: str) -> None:
+    torch.manual_seed(0)
+    options = {"mode": mode, "prefix": prefix, "bottleneck": 8, "prefix_len": 9, "gate": 0.7, "backend": backend}
+    layer = randomise_prefix(PrefixAttention(48, num_heads=3, qkv_bias=True, **options))
+    x = torch.randn(2, 9, 48)
+    q, k, v = layer.qkv(x).view(2, 9, 3, 3, 16).unbind(2)
+    plugin = layer.prefix
+    if prefix == "adapter":
+        pair = torch.tanh(x @ plugin.down.weight.T + plugin.down.bias) @ plugin.up.weight.T + plugin.up.bias
+    elif prefix == "tokens":
+        pair = plugin.mlp(plugin.tokens).expand(2, -1, -1)
+    else:
+        pair = plugin.proj(x)
+    p_k, p_v = (half.view(2, -1, 3, 16) for half in pair.chunk(2, dim=-1))
+    g = plugin.gate[:, None]
+    expected = {
+        "gated": lambda: attend(q, k, v) + (g.repeat(1, 16).flatten() * attend(q, p_k, p_v)),
+        "concat": lambda: attend(q, torch.cat([k, g * p_k], 1), torch.cat([v, g * p_v], 1)),
+        "additive": lambda: attend(q, k + g * p_k, v + g * p_v),
+    }[mode]()
+    torch.testing.assert_close(layer(x), layer.proj(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_the_papers_parameter_count() -> None:
+    """One adapter of ViT-S/16 (384 → 256 → 768) has 295,936 parameters; the gate adds one per head."""
+    plugin = AdapterPrefix(384, 6, 64, bottleneck=256, gate=1.0, learn_gate=False, init="zero")
+    assert sum(p.numel() for p in plugin.parameters()) == 295_936
+
+
+def test_names_are_timms_plus_prefix() -> None:
+    theirs = set(Attention(48, num_heads=3, qkv_bias=True).state_dict())
+    ours = set(PrefixAttention(48, num_heads=3, qkv_bias=True).state_dict())
+    assert {name for name in ours if not name.startswith("prefix.")} == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("deit_tiny_distilled_patch16_224", 32),
+        ("vit_small_patch14_reg4_dinov2", 28),
+        ("vit_base_patch16_rpn_224", 32),
+        ("vit_little_patch16_reg4_gap_256", 32),
+    ],
+)
+def test_apply_prefix_leaves_a_model_as_it_was(name: str, size: int) -> None:
+    model = vit(name, img_size=size)
+    model.eval()
+    before = model(images(size=size))
+    parameters = dict(model.named_parameters())
+    assert apply_prefix(model, bottleneck=8) is model
+    torch.testing.assert_close(model(images(size=size)), before, rtol=1e-4, atol=1e-5)
+    assert all(model.get_parameter(key) is value for key, value in parameters.items())
+    assert len(prefix_parameters(model)) == 2 * 5  # two blocks: down and up with biases, and the gate
+    assert not model.training
+
+
+def test_depth_chooses_blocks() -> None:
+    for depth, expected in ((None, {0, 1, 2}), (2, {0, 1}), ([0, 2], {0, 2})):
+        model = apply_prefix(vit(depth=3), bottleneck=4, depth=depth)
+        assert {i for i, block in enumerate(model.blocks) if isinstance(block.attn, PrefixAttention)} == expected
+
+
+def test_timm_creates_prefix_models() -> None:
+    layer = PrefixAttention.configured(mode="concat", bottleneck=4, gate=0.5)
+    model = vit(attn_layer=layer)
+    assert all(block.attn.mode == "concat" for block in model.blocks)
+    assert model.blocks[0].attn.prefix.down.out_features == 4
+    assert vit(attn_layer=PrefixAttention).blocks[0].attn.prefix.down.out_features == 256
+    assert model(images()).shape == (2, 5)
+
+
+def test_timm_checkpoint_file_loads_into_a_prefix_model(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    source = vit().eval()
+    save_file(source.state_dict(), tmp_path / "vit.safetensors")
+    layer = PrefixAttention.configured(bottleneck=4)
+    model = vit(
+        attn_layer=layer, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "vit.safetensors"), "num_classes": 5}
+    ).eval()  # fmt: skip
+    torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_own_state_dict_round_trip_and_partial_prefix() -> None:
+    model = randomise_prefix(apply_prefix(vit(), bottleneck=4))
+    other = apply_prefix(vit(), bottleneck=4)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images()), other.eval()(images()))
+    damaged = {k: v for k, v in model.state_dict().items() if not k.endswith("prefix.up.weight")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks.0.attn.prefix.up.weight"):
+        other.load_state_dict(damaged)
+
+
+def test_torch_compile_autocast_deepcopy_and_checkpointing() -> None:
+    model = randomise_prefix(apply_prefix(vit(), bottleneck=4)).eval()
+    expected = model(images())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(images()), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(images()).float(), expected, rtol=0.1, atol=0.1)
+    x = torch.randn(2, 5, 192, requires_grad=True)
+    block = model.blocks[0]
+    (direct,) = torch.autograd.grad(block(x).square().sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(direct, again)
+
+
+def test_set_backend() -> None:
+    model = apply_prefix(vit(), bottleneck=4)
+    set_backend(model, "reference")
+    assert all(block.attn.backend == "reference" for block in model.blocks)
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        set_backend(model, "fast")
+    with pytest.raises(ValueError, match="model: got VisionTransformer, takes a model with PrefixAttention layers"):
+        set_backend(vit(), "torch")
+
+
+def test_a_fixed_gate_does_not_learn() -> None:
+    fixed = PrefixAttention(48, num_heads=3, learn_gate=False, gate=0.25)
+    assert "prefix.gate" in fixed.state_dict()
+    assert "prefix.gate" not in dict(fixed.named_parameters())
+    assert fixed.prefix.gate.tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dim": 50}, "dim: got 50, takes a multiple of num_heads = 3"),
+        ({"mode": "sum"}, "mode: got 'sum', takes one of 'gated'"),
+        ({"prefix": "mlp"}, "prefix: got 'mlp', takes one of 'adapter'"),
+        ({"init": "ones"}, "init: got 'ones', takes one of 'zero'"),
+        ({"backend": "cudnn"}, "backend: got 'cudnn', takes one of 'auto'"),
+        ({"bottleneck": 0}, "bottleneck: got 0, takes a whole number of at least 1"),
+        ({"prefix": "tokens", "prefix_len": 0}, "prefix_len: got 0"),
+        ({"qk_norm": True}, "norm_layer: got None"),
+    ],
+)
+def test_wrong_options(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        PrefixAttention(**({"dim": 48, "num_heads": 3} | options))
+
+
+def test_what_it_cannot_do_names_the_way_out() -> None:
+    layer = PrefixAttention(48, num_heads=3, attn_drop=0.1)
+    x = torch.randn(2, 9, 48)
+    with pytest.raises(NotImplementedError, match=r"attn_drop: got 0\.1 while training.*attn_drop_rate=0"):
+        layer(x)
+    layer.eval()
+    assert layer(x).shape == x.shape
+    with pytest.raises(NotImplementedError, match="keep timm's Attention"):
+        layer(x, attn_mask=torch.zeros(9, 9))
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        layer(x, is_causal=True)
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 9, 40\)"):
+        layer(x[..., :40])
+    with pytest.raises(TypeError, match="options: got gates, takes mode, prefix"):
+        PrefixAttention.configured(gates=1)
+    tokens = PrefixAttention(48, num_heads=3, mode="additive", prefix="tokens", prefix_len=4)
+    with pytest.raises(ValueError, match="4 prefix keys, takes 9 in mode 'additive'"):
+        tokens(x)
+
+
+def test_apply_prefix_refuses_what_cannot_carry_a_prefix() -> None:
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    with pytest.raises(TypeError, match=r"timm\.models\.swin_transformer\.WindowAttention, apply_prefix takes"):
+        apply_prefix(swin)
+    with pytest.raises(ValueError, match="model: got ResNet without timm.layers.Attention"):
+        apply_prefix(timm.create_model("resnet18"))
+    model = apply_prefix(vit(), bottleneck=4)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attn' already has a prefix"):
+        apply_prefix(model)
+    for depth in (0, 3, [5], []):
+        with pytest.raises(ValueError, match="depth: got .*, takes None, a number from 1 to 2"):
+            apply_prefix(vit(), depth=depth)
+
+
+def test_a_failed_apply_changes_nothing() -> None:
+    model = vit()
+    with pytest.raises(ValueError, match="mode: got 'none'"):
+        apply_prefix(model, mode="none")
+    assert not any(isinstance(module, PrefixAttention) for module in model.modules())
