@@ -97,6 +97,7 @@ _TABLE: dict[str, dict[str, dict[int, LaunchConfig]]] = {
 _AMD_TABLE: dict[tuple[str, str, int], LaunchConfig] = {
     (HALF, BACKWARD_QUERIES, 128): LaunchConfig(32, 32, 4, 1),
     (HALF, BACKWARD_KEYS, 128): LaunchConfig(32, 32, 4, 1),
+    (IEEE, BACKWARD_KEYS, 128): LaunchConfig(16, 32, 8, 1),
 }
 
 MAX_HEAD_DIM = 128

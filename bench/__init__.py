@@ -1,0 +1,1 @@
+"""Benchmarks: every claim about speed and memory, with the reference beside it in the same run."""

@@ -1,0 +1,176 @@
+"""Time and memory of one call, and the device's own ceilings, measured in the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one call over several measurements."""
+
+    median: float
+    lowest: float
+    highest: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Spread:
+        """Median and range of `seconds`."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+    def as_dict(self) -> dict[str, float]:
+        """For the record, rounded to a nanosecond."""
+        return {key: round(value, 9) for key, value in asdict(self).items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_times(comparison: Comparison, device: torch.device, budget: float) -> dict[str, Spread]:
+    """Wall time of the eager call of every variant, measured in turn so that drift meets all alike.
+
+    Args:
+        comparison: what to time.
+        device: where its inputs are.
+        budget: seconds to spend, at least three rounds whatever they take.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in comparison.variants}
+    inner = {name: _repetitions(variant, device) for name, variant in comparison.variants.items()}
+    started = time.perf_counter()
+    while len(seconds[comparison.baseline]) < 3 or (
+        time.perf_counter() - started < budget and len(seconds[comparison.baseline]) < 100
+    ):
+        for name, variant in comparison.variants.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            for repetition in range(inner[name]):
+                variant(repetition % comparison.input_sets)
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - begin) / inner[name])
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+def _repetitions(variant: Callable[[int], object], device: torch.device) -> int:
+    """Warm up; then as many calls as fill five milliseconds, so that the clock's own error does not count."""
+    variant(0)
+    variant(0)
+    synchronize(device)
+    begin = time.perf_counter()
+    variant(0)
+    synchronize(device)
+    return max(1, min(1000, int(0.005 / max(time.perf_counter() - begin, 1e-9))))
+
+
+def device_times(comparison: Comparison, device: torch.device, rounds: int = 9) -> dict[str, Spread]:
+    """Device time of every variant on a GPU: a CUDA graph of many calls over rotated inputs, replayed in turn."""
+    graphs, calls = {}, max(comparison.input_sets, 8)
+    for name, variant in comparison.variants.items():
+        graphs[name] = _capture(variant, comparison.input_sets, calls, device)
+    milliseconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            milliseconds[name].append(begin.elapsed_time(end) / calls)
+    return {name: Spread.of([x / 1e3 for x in values]) for name, values in milliseconds.items()}
+
+
+def _capture(
+    variant: Callable[[int], object], input_sets: int, calls: int, device: torch.device
+) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for repetition in range(3):
+            variant(repetition % input_sets)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for repetition in range(calls):
+            variant(repetition % input_sets)
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return graph
+
+
+def peak_memory(variant: Callable[[int], object], device: torch.device) -> int:
+    """Bytes that one call has allocated at its peak, beyond what was there before."""
+    variant(0)
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        variant(0)
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        variant(0)
+    recorded = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep the profiler's own trace messages, which it writes to the file descriptor, off the terminal."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written counted."""
+    numel = (1 << 28) if device.type == "cuda" else (1 << 25)
+    source = torch.rand(numel, device=device)
+    target = torch.empty_like(source)
+    seconds = _best(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / seconds
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a large square matrix product through PyTorch's own library."""
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best(lambda: a @ b, device)
+
+
+def _best(function: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
+    function()
+    seconds = []
+    for _ in range(rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(3):
+            function()
+        synchronize(device)
+        seconds.append((time.perf_counter() - begin) / 3)
+    return statistics.median(seconds)
