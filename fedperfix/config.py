@@ -124,7 +124,7 @@ class TrainConfig:
     min_client_size: int | None = _option(
         None,
         "Data",
-        "fewest images that a client may have (default: 27 % of the mean, as in the paper)",
+        "fewest images that a client may have (default: 27 % of the mean, as in the paper, or what can be had)",
         at_least=2,
     )
     test_fraction: float = _option(
@@ -417,8 +417,9 @@ def _read_command_line(argv: Sequence[str] | None) -> tuple[dict[str, Any], str 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m fedperfix.train",
-        description="Personalised federated learning of Vision Transformers. Without options it trains FedPerfix on "
-        "images that are part of the package.",
+        usage="%(prog)s [--config FILE] [options]",
+        description="Personalised federated learning of Vision Transformers. Without options it trains FedPerfix "
+        "on images that are part of the package.",
         epilog="Accuracies, curves, the resolved configuration and a checkpoint go to the folder of the run.",
         argument_default=argparse.SUPPRESS,  # so that what the command line leaves out is absent, not a default
         allow_abbrev=False,

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedperfix.config import ConfigError
 
-class DataError(ValueError):
+
+class DataError(ConfigError):
     """A data set or partition that cannot be used; the message names the option or file and the remedy."""
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """All images of a data set in memory, train and test merged into one pool.
+    """All images of a data set in memory, train and test merged into one pool, as in the paper's protocol.
 
     Args:
         name: as given to `--dataset`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from fedperfix.data.dataset import DataError, ImageDataset
 
+# Deflate, because it loads in less than a tenth of a second; row filters with LZMA would save 0.7 of 5.3 MB.
 ASSET = Path(__file__).parent / "assets" / "fashion-mnist-12k.npz"
 IMAGES_PER_CLASS = 1200
-_SHA256 = "4c9eabe74f8defd4344bbcf1714f429a15db8e8885a03f20b14bff734d2e041f"
-_CLASSES = (
+SHA256 = "4c9eabe74f8defd4344bbcf1714f429a15db8e8885a03f20b14bff734d2e041f"
+CLASS_NAMES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 
@@ -25,16 +27,16 @@ def load_fashion_mnist(data_dir: Path | None) -> ImageDataset:
         data_dir: None; the data set is part of the package.
 
     Raises:
-        DataError: a data folder was given, or the package's file is damaged.
+        DataError: a data folder was given, or the package's file is missing or damaged.
     """
     if data_dir is not None:
         raise DataError(f"--data-dir: got '{data_dir}', but fashion-mnist is part of the package; leave it out")
     try:
-        damaged = hashlib.sha256(ASSET.read_bytes()).hexdigest() != _SHA256
+        content = ASSET.read_bytes()
     except OSError as error:
-        raise DataError(f"{ASSET}: {error.strerror}; reinstall fedperfix") from None
-    if damaged:
-        raise DataError(f"{ASSET}: the file is damaged (checksum); reinstall fedperfix")
-    with np.load(ASSET, allow_pickle=False) as file:
-        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    return ImageDataset("fashion-mnist", images[:, None], labels.long(), _CLASSES)
+        raise DataError(f"{ASSET}: cannot be read ({error.strerror}); reinstall fedperfix") from error
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise DataError(f"{ASSET}: the file is damaged, its checksum is not {SHA256[:8]}…; reinstall fedperfix")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    return ImageDataset("fashion-mnist", images[:, None], labels.long(), CLASS_NAMES)

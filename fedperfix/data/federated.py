@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fedperfix.data.dataset import ImageDataset
-from fedperfix.data.partition import default_min_client_size, dirichlet_partition, train_test_split
+from fedperfix.data.partition import dirichlet_partition, train_test_split
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """One pool of images and, per client, which of them are for training and for testing.
+    """One pool of images and, per client, which of them are for training and which for testing.
 
     Args:
         images: uint8 [n, channels, height, width].
@@ -39,22 +39,20 @@ class FederatedData:
         min_client_size: int | None,
         test_fraction: float,
         seed: int,
-        device: torch.device,
+        device: torch.device | str,
     ) -> FederatedData:
         """Partition `dataset` over clients and move it to `device`.
 
         Args:
             dataset: the pool.
             clients, alpha, seed: as in `dirichlet_partition`.
-            min_client_size: images of the smallest client; None is `default_min_client_size`.
-            test_fraction: of each client's images.
+            min_client_size: its `min_size`; None is its automatic rule.
+            test_fraction: part of each client's images that is for testing.
             device: where images, labels and indices are kept.
 
         Raises:
-            DataError: no such partition exists.
+            DataError: no such partition was found.
         """
-        if min_client_size is None:
-            min_client_size = default_min_client_size(len(dataset.labels), clients)
         parts = dirichlet_partition(dataset.labels.numpy(), clients, alpha, min_client_size, seed)
         splits = [train_test_split(part, test_fraction, seed, client) for client, part in enumerate(parts)]
 
@@ -75,16 +73,32 @@ class FederatedData:
         return len(self.train)
 
     @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return self.images.shape[1]
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the stored images in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
     def train_sizes(self) -> list[int]:
         """Training images per client: the weights of FedAvg."""
         return [len(indices) for indices in self.train]
 
     def class_counts(self) -> Tensor:
         """int64 [clients, classes]: images of each class at each client, train and test together."""
-        classes = len(self.class_names)
-        return torch.stack(
+        cells = torch.cat(
             [
-                torch.bincount(self.labels[torch.cat(part)], minlength=classes)
-                for part in zip(self.train, self.test, strict=True)
+                self.labels[indices] + client * self.num_classes
+                for part in (self.train, self.test)
+                for client, indices in enumerate(part)
             ]
         )
+        return torch.bincount(cells, minlength=self.clients * self.num_classes).view(self.clients, -1)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Bilinear resize and normalisation with mean = standard deviation = 0.5 (Sun et al., ICCV 2023).
+    """Normalisation with mean = standard deviation = 0.5 and bilinear resize (Sun et al., ICCV 2023).
+
+    The resize is PIL's, which smooths only when it shrinks, without PIL's rounding to whole grey levels.
 
     Args:
         image_size: height and width of the result in pixels.
@@ -21,9 +23,10 @@ class Preprocess:
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [b, C, image_size, image_size] in [-1, 1] from uint8 [b, C, height, width]."""
-        pixels = images.to(torch.float32)
-        if tuple(pixels.shape[-2:]) != (self.image_size, self.image_size):
-            # Antialiasing matters only when images shrink; there it is what PIL does.
-            size = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-        return pixels.sub_(127.5).div_(127.5)
+        # Before the resize there are fewer pixels when it enlarges; its weights sum to one, so the order is free.
+        pixels = images.to(torch.float32).sub_(127.5).div_(127.5)
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] == size:
+            return pixels
+        shrinks = max(images.shape[-2:]) > self.image_size
+        return F.interpolate(pixels, size=size, mode="bilinear", antialias=shrinks)

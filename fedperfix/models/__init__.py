@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fedperfix.config import ConfigError, TrainConfig
-from fedperfix.methods import METHODS
 from fedperfix.models.groups import GROUPS, parameter_groups
 from fedperfix.randomness import torch_seed
 from fedperfix_kernels import apply_prefix
@@ -40,6 +39,8 @@ def create_model(config: TrainConfig, *, channels: int, num_classes: int, image_
         ConfigError: an unknown model, an image size that the patch does not divide, pretrained weights that cannot be
             had, a prefix that does not fit the model. The sentence names the option.
     """
+    from fedperfix.methods import METHODS  # methods import this package for its parameter groups
+
     size = image_size(config, image_hw)
     shape = {"in_chans": channels, "num_classes": num_classes, "img_size": size}
     with torch.random.fork_rng(devices=[]):

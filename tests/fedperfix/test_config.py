@@ -24,10 +24,8 @@ def test_values_are_scalars():
 
 
 def test_command_line():
-    config = parse_args(
-        "--method fedavg --alpha 5e-1 --no-fused --learn-gate --depth 3 --local-steps=7 --gate -1.5 "
-        "--device cuda:1 --data-dir data --tensorboard".split()
-    )
+    line = "--method fedavg --alpha 5e-1 --no-fused --learn-gate --depth 3 --local-steps=7 --gate -1.5"
+    config = parse_args([*line.split(), "--device", "cuda:1", "--data-dir", "data", "--tensorboard"])
     expected = TrainConfig(
         method="fedavg",
         alpha=0.5,

@@ -1,0 +1,204 @@
+"""Local training: one resident model, on which the clients take turns.
+
+A turn begins with two copies into the model's flat buffer, the global parameters and the client's own. The optimizer
+sees the flat buffer as one parameter, so that a step is one call whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedperfix.config import TrainConfig
+from fedperfix.data import FederatedData, Preprocess
+from fedperfix.engine.device import autocast_dtype
+from fedperfix.engine.state import FederatedState, Server
+from fedperfix.methods import Method
+from fedperfix.randomness import numpy_generator, torch_seed
+from fedperfix_kernels import ParameterArena
+
+TEST_BATCH = 256
+# A fresh loss scale for every client: small enough that its first step is rarely skipped.
+_LOSS_SCALE = 2.0**12
+
+
+class Worker:
+    """The one model in memory, with the data and what is needed to train and to test on it.
+
+    Args:
+        model: on the CPU; it is moved to `device`, and its parameters become views of one flat buffer.
+        data: of all clients, on `device`.
+        preprocess: from uint8 images to the model's input.
+        method: says which parameters are local.
+        config: of the run.
+        device: where to compute.
+
+    Attributes:
+        arena: the flat buffer, shared parameters before local ones, with flat gradients.
+        poll: called before every batch; what it raises ends the turn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: FederatedData,
+        preprocess: Preprocess,
+        method: Method,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device)
+        self.arena = ParameterArena(self.model, method.local_names(self.model))
+        self.arena.attach_gradients()
+        self.data = data
+        self.preprocess = preprocess
+        self.method = method
+        self.config = config
+        self.device = device
+        self.dtype = autocast_dtype(config.precision, device)
+        self.poll: Callable[[], None] = lambda: None
+
+    def load(self, index: int, state: FederatedState, round: int) -> Client:
+        """Begin the turn of client `index` in `round`: the global parameters and its own go into the arena."""
+        self.arena.shared.copy_(state.server.shared)
+        self.arena.local.copy_(state.personal[index])
+        own = {name: table[index].to(self.device, copy=True) for name, table in state.client_state.items()}
+        return Client(self, index, round, state.server, own)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """The model's output [b, classes] in float32 for its input [b, C, S, S]."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.model(pixels).float()
+
+
+class Client:
+    """One client's turn on the worker: what a method sees of it.
+
+    Attributes:
+        index, round: which client, in which round (the first is 1).
+        arena: holds its parameters; `server` holds the global ones, as the round began.
+        state: its row of every client table of the method; changes are kept when the round ends.
+        upload: what the method sends besides the shared parameters.
+        meter: float32 [3], sums over the training images so far: loss, correct, images.
+    """
+
+    def __init__(
+        self, worker: Worker, index: int, round: int, server: Server, state: Mapping[str, Tensor]
+    ) -> None:
+        self.worker = worker
+        self.index = index
+        self.round = round
+        self.arena = worker.arena
+        self.config = worker.config
+        self.server = server
+        self.state = dict(state)
+        self.upload: dict[str, Tensor] = {}
+        self.meter = torch.zeros(3, device=worker.device)
+        self._order = numpy_generator(self.config.seed, "batches", client=index, round=round)
+        self._scaler = torch.amp.GradScaler(
+            worker.device.type, init_scale=_LOSS_SCALE, enabled=worker.dtype is torch.float16
+        )
+        torch.manual_seed(torch_seed(self.config.seed, "dropout", client=index, round=round))
+
+    def train(
+        self,
+        part: str = "all",
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        adjust: Callable[[Tensor], None] | None = None,
+    ) -> int:
+        """Train on this client's images with a fresh optimizer.
+
+        Args:
+            part: which parameters change: `all`, `shared` or `local`.
+            epochs, steps: how long; without both, as the configuration says.
+            adjust: changes the flat gradient [P] in place before every step.
+
+        Returns:
+            How many steps were taken.
+        """
+        optimizer = self.optimizer(part)
+        taken = 0
+        for pixels, labels in self.batches(epochs=epochs, steps=steps):
+            self.gradients(pixels, labels)
+            self.step(optimizer, adjust)
+            taken += 1
+        return taken
+
+    def batches(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """This client's training images in shuffled batches; the last one of an epoch may be smaller.
+
+        Args:
+            epochs, steps: how many, steps if both are given; without both, as the configuration says.
+
+        Yields:
+            The model's input [b, C, S, S] and labels [b].
+        """
+        if epochs is None and steps is None:
+            epochs, steps = self.config.local_epochs, self.config.local_steps
+        passes = range(epochs) if steps is None else itertools.count()
+        chosen_images = (chosen for _ in passes for chosen in self._epoch())
+        for chosen in itertools.islice(chosen_images, steps):
+            self.worker.poll()
+            yield self.worker.preprocess(self.worker.data.images[chosen]), self.worker.data.labels[chosen]
+
+    def _epoch(self) -> Iterator[Tensor]:
+        indices = self.worker.data.train[self.index]
+        order = torch.from_numpy(self._order.permutation(len(indices))).to(indices.device)
+        yield from indices[order].split(self.config.batch_size)
+
+    def gradients(self, pixels: Tensor, labels: Tensor) -> None:
+        """Put the gradient of the mean cross-entropy of one batch into the arena, and count it in `meter`."""
+        self.arena.zero_gradients()
+        logits = self.worker.logits(pixels)
+        loss = F.cross_entropy(logits, labels)
+        self._scaler.scale(loss).backward()
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            self.meter += torch.stack((loss * len(labels), correct, loss.new_tensor(len(labels))))
+
+    def optimizer(self, part: str = "all") -> torch.optim.Optimizer:
+        """A fresh optimizer over `all`, the `shared` or the `local` parameters, as one flat parameter."""
+        assert self.arena.gradients is not None
+        border = self.arena.shared.numel()
+        chosen = {"all": slice(None), "shared": slice(None, border), "local": slice(border, None)}[part]
+        parameter = nn.Parameter(self.arena.flat[chosen])
+        parameter.grad = self.arena.gradients[chosen]
+        return make_optimizer([parameter], self.config)
+
+    def step(self, optimizer: torch.optim.Optimizer, adjust: Callable[[Tensor], None] | None = None) -> None:
+        """Take one step with the gradient in the arena, which `adjust` may change first."""
+        if adjust is not None:
+            self._scaler.unscale_(optimizer)
+            adjust(self.arena.gradients)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    @torch.no_grad()
+    def test(self) -> Tensor:
+        """Test the model in the arena on this client's test images: float32 [2], sum of loss and correct answers."""
+        worker = self.worker
+        total = torch.zeros(2, device=worker.device)
+        worker.model.eval()
+        for chosen in worker.data.test[self.index].split(TEST_BATCH):
+            worker.poll()
+            logits, labels = worker.logits(worker.preprocess(worker.data.images[chosen])), worker.data.labels[chosen]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            total += torch.stack((loss, (logits.argmax(1) == labels).sum()))
+        worker.model.train()
+        return total
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW as the configuration says, in PyTorch's fused form where the device has one."""
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)

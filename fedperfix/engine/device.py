@@ -1,0 +1,55 @@
+"""Where a run computes and in which number format."""
+
+from __future__ import annotations
+
+import torch
+
+from fedperfix.config import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` names; `auto` is a GPU if there is one, else Apple's, else the CPU.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+        raise ConfigError(f"--device: got '{name}', but PyTorch finds {found}; use --device cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device: got 'mps', but PyTorch cannot use it here; use --device cpu or auto")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for people."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+    return str(device)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The reduced type in which forward and backward run, or None for float32.
+
+    Args:
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 on a GPU that computes in it, fp32 elsewhere.
+        device: where the model is.
+    """
+    if precision == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock reads true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,111 @@
+"""What a federation remembers from round to round: the global parameters and tables with one row per client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedperfix.methods import Method
+from fedperfix_kernels import BlockLayout, ParameterArena
+
+# A personal table larger than this part of a GPU's free memory stays in the host's.
+_TABLE_SHARE = 0.25
+
+
+@dataclass
+class Server:
+    """The server's side.
+
+    Args:
+        shared: [P_shared] the global parameters, laid out as `layout` says.
+        layout: of the arena's shared part.
+        state: what the method keeps at the server, by name.
+        backend: for `fedperfix_kernels.aggregate`.
+    """
+
+    shared: Tensor
+    layout: BlockLayout
+    state: dict[str, Tensor]
+    backend: str
+
+
+@dataclass
+class Uploads:
+    """What the clients of a round send, one row per client.
+
+    Args:
+        clients: their numbers.
+        shared: [K, P_shared] their shared parameters after training.
+        extra: what else the method sends, by name: [K, *shape].
+    """
+
+    clients: tuple[int, ...]
+    shared: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class FederatedState:
+    """Everything that a round changes; nothing in it grows with rounds, and per client only what is local.
+
+    Args:
+        server: the server's side.
+        personal: [clients, P_local] the local parameters of every client.
+        client_state: what the method keeps at the clients, by name: [clients, *shape].
+        round: how many rounds are finished.
+    """
+
+    server: Server
+    personal: Tensor
+    client_state: dict[str, Tensor]
+    round: int = 0
+
+    @classmethod
+    def initial(cls, arena: ParameterArena, method: Method, clients: int, backend: str) -> FederatedState:
+        """The state before the first round: every client starts from the parameters that lie in `arena`."""
+        server = Server(arena.shared.clone(), arena.shared_layout, method.server_state(arena), backend)
+        start = {name: value.detach() for name, value in method.client_state(arena).items()}
+        numel = clients * (arena.local.numel() + sum(value.numel() for value in start.values()))
+        where = _table_device(numel * arena.flat.element_size(), arena.flat.device)
+        tables = {name: _repeat(value, clients, where) for name, value in start.items()}
+        return cls(server, _repeat(arena.local, clients, where), tables)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name, as it lies in memory."""
+        return {
+            "shared": self.server.shared,
+            "personal": self.personal,
+            **{f"server.{name}": value for name, value in self.server.state.items()},
+            **{f"client.{name}": value for name, value in self.client_state.items()},
+        }
+
+    @contextmanager
+    def transaction(self, clients: Sequence[int]) -> Iterator[None]:
+        """Undo every change of the server's side and of these clients' rows if the block does not end normally."""
+        rows = torch.tensor(clients, device=self.personal.device)
+        tables = [self.personal, *self.client_state.values()]
+        whole = [self.server.shared, *self.server.state.values()]
+        before = [value.clone() for value in whole], [table[rows] for table in tables], self.round
+        try:
+            yield
+        except BaseException:
+            for value, old in zip(whole, before[0], strict=True):
+                value.copy_(old)
+            for table, old in zip(tables, before[1], strict=True):
+                table[rows] = old
+            self.round = before[2]
+            raise
+
+
+def _repeat(row: Tensor, clients: int, device: torch.device) -> Tensor:
+    return row.detach().to(device).expand(clients, *row.shape).clone()
+
+
+def _table_device(size: int, device: torch.device) -> torch.device:
+    if device.type == "cuda" and size > _TABLE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device

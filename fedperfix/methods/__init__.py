@@ -1,0 +1,16 @@
+"""The federated methods by name. A new one is a class in a file of its own and a line in `_CLASSES`."""
+
+from __future__ import annotations
+
+from fedperfix.methods.base import Method
+from fedperfix.methods.fedavg import FedAvg
+from fedperfix.methods.fedper import FedPer
+from fedperfix.methods.fedperfix import FedPerfix
+from fedperfix.methods.local import Local
+from fedperfix.methods.vanilla_attention import VanillaAttention
+
+_CLASSES: tuple[type[Method], ...] = (FedPerfix, FedAvg, Local, FedPer, VanillaAttention)
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in _CLASSES}
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,91 @@
+"""What a federated method is: which parameters stay with the client, what a client does, what the server does.
+
+The engine does the rest: it loads a client, calls `train_client`, collects the uploads, calls `aggregate`, and keeps
+every state in tables. A method that needs nothing special sets `local_groups` and is complete.
+
+How methods with more state use the hooks: SCAFFOLD keeps a control variate per client (`client_state`) and one at the
+server (`server_state`, named in `broadcast`), passes `adjust` to `client.train`, and sends the difference of its
+control variate as an `extra_upload`. FedRep calls `client.train("local", ...)` and then `client.train("shared", ...)`.
+APFL keeps a second model as client state, writes its own loop over `client.batches()`, and mixes the two models in
+`prepare_test`. A server optimizer keeps its moments in `server_state` and overrides `aggregate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from fedperfix.models.groups import parameter_groups
+from fedperfix_kernels import ParameterArena, aggregate
+
+if TYPE_CHECKING:
+    from fedperfix.config import TrainConfig
+    from fedperfix.engine.client import Client
+    from fedperfix.engine.state import Server, Uploads
+
+
+class Method:
+    """Base of all methods; its defaults are FedAvg with `local_groups` kept out of it.
+
+    Class attributes:
+        name: as given to `--method`.
+        summary: one line for people.
+        reference: authors, venue and arXiv number.
+        local_groups: groups of `parameter_groups` that are never uploaded; one set of them is kept per client.
+        uses_prefix: whether the model gets prefix plugins.
+        broadcast: names in `server_state` that go down to the clients with the global model.
+
+    Args:
+        config: the run's configuration, from which a method takes its own options.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    local_groups: ClassVar[tuple[str, ...]] = ()
+    uses_prefix: ClassVar[bool] = False
+    broadcast: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def local_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of `model` that stay with the client."""
+        groups = parameter_groups(model)
+        return tuple(name for group in self.local_groups for name in groups[group])
+
+    def client_state(self, arena: ParameterArena) -> dict[str, Tensor]:
+        """Start values of what every client keeps besides its local parameters, by name.
+
+        The engine keeps one row of each per client, in a table [clients, *shape].
+        """
+        return {}
+
+    def server_state(self, arena: ParameterArena) -> dict[str, Tensor]:
+        """Start values of what the server keeps besides the global parameters, by name."""
+        return {}
+
+    def extra_upload(self, arena: ParameterArena) -> dict[str, Tensor]:
+        """What a client sends besides its shared parameters, by name; the tensors say shape and dtype."""
+        return {}
+
+    def train_client(self, client: Client) -> None:
+        """Train one client, whose parameters lie in `client.arena`: global ones first, then its own.
+
+        What it leaves in the arena, in `client.state` and in `client.upload` is its result.
+        """
+        client.train()
+
+    def prepare_test(self, client: Client) -> None:
+        """Turn what lies in `client.arena` into the model that this client is tested with; it is not kept."""
+
+    def aggregate(self, server: Server, uploads: Uploads, weights: Tensor) -> None:
+        """Compute the new global parameters, in place, in `server.shared` (and `server.state`).
+
+        Args:
+            server: the global parameters of the last round.
+            uploads: of the K clients whose updates are finite; `uploads.shared` is [K, P_shared].
+            weights: float64 [K] on the CPU, each client's share of their training images; the sum is 1.
+        """
+        aggregate(uploads.shared, weights, layout=server.layout, out=server.shared, backend=server.backend)

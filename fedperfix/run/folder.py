@@ -1,0 +1,100 @@
+"""The folder of a run: made when everything else is known to be right, never overwritten."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fedperfix import __version__
+from fedperfix.config import ConfigError, TrainConfig, to_toml
+from fedperfix.engine.device import device_name
+from fedperfix.run.files import write_text
+from fedperfix_kernels import explain
+
+CONFIG = "config.toml"
+ENVIRONMENT = "environment.json"
+RUNS = Path("runs")
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """Where a new run goes: `--run-dir`, else runs/<dataset>-<method>-seed<seed> with the next free number.
+
+    Raises:
+        ConfigError: `--run-dir` is a file, or a folder with something in it.
+    """
+    if config.run_dir is None:
+        name = f"{config.dataset}-{config.method}-seed{config.seed}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(RUNS / name for name in names if not (RUNS / name).exists())
+    folder = Path(config.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--run-dir: '{folder}' is a file; takes a folder that is new or empty")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"--run-dir: '{folder}' is not empty; takes a folder that is new or empty, "
+            f"or use --resume {folder} to continue the run in it"
+        )
+    return folder
+
+
+@contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Make a run's folder; if the block fails, it and the parents that were made for it are gone again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    existed = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if existed:
+            for path in folder.iterdir():
+                path.unlink()
+        for path in made:
+            if path == folder:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the resolved configuration, from which the run can be repeated or resumed."""
+    write_text(folder / CONFIG, to_toml(config))
+
+
+def write_environment(folder: Path, config: TrainConfig, device: torch.device, first_round: int) -> None:
+    """Record what computes the rounds from `first_round` on: one entry for the start and one for every resumption."""
+    path = folder / ENVIRONMENT
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    backend = explain("auto" if config.fused else "reference", device)
+    entries.append(
+        {
+            "first_round": first_round,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": device_name(device),
+            "backend": backend,
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "python": platform.python_version(),
+            "fedperfix": __version__,
+            **{name: _version(name) for name in ("torch", "triton", "timm", "numpy", "safetensors")},
+        }
+    )
+    write_text(path, json.dumps(entries, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
