@@ -1,7 +1,7 @@
 """Local training: one resident model, on which the clients take turns.
 
-A turn begins with two copies into the model's flat buffer, the global parameters and the client's own. The optimizer
-sees the flat buffer as one parameter, so that a step is one call whatever the number of tensors.
+A turn begins with two copies into the model's flat buffer, the global parameters and the client's own. The
+optimizer sees the flat buffer as one parameter, so that a step is one call whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ class Client:
         meter: float32 [3], sums over the training images so far: loss, correct, images.
     """
 
-    def __init__(
-        self, worker: Worker, index: int, round: int, server: Server, state: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, worker: Worker, index: int, round: int, server: Server, state: Mapping[str, Tensor]) -> None:
         self.worker = worker
         self.index = index
         self.round = round
@@ -181,13 +179,16 @@ class Client:
 
     @torch.no_grad()
     def test(self) -> Tensor:
-        """Test the model in the arena on this client's test images: float32 [2], sum of loss and correct answers."""
+        """Test the model in the arena on this client's test images: float32 [2], sums of loss and right answers."""
         worker = self.worker
         total = torch.zeros(2, device=worker.device)
         worker.model.eval()
         for chosen in worker.data.test[self.index].split(TEST_BATCH):
             worker.poll()
-            logits, labels = worker.logits(worker.preprocess(worker.data.images[chosen])), worker.data.labels[chosen]
+            logits, labels = (
+                worker.logits(worker.preprocess(worker.data.images[chosen])),
+                worker.data.labels[chosen],
+            )
             loss = F.cross_entropy(logits, labels, reduction="sum")
             total += torch.stack((loss, (logits.argmax(1) == labels).sum()))
         worker.model.train()

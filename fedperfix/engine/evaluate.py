@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fedperfix.engine.client import Worker
 from fedperfix.engine.state import FederatedState
+
+# Told of the phase, the clients done and how many there are.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,13 @@ class Tested:
         return Spread(float(accuracy.mean()), float(accuracy.std()), float(worst.mean()), float(weighted))
 
 
-def evaluate(worker: Worker, state: FederatedState, clients: Sequence[int], round: int) -> Tested:
+def evaluate(
+    worker: Worker,
+    state: FederatedState,
+    clients: Sequence[int],
+    round: int,
+    progress: Progress = lambda phase, done, total: None,
+) -> Tested:
     """Test clients with the global parameters and their own, as they are in `state`; nothing in it changes.
 
     Args:
@@ -83,13 +92,15 @@ def evaluate(worker: Worker, state: FederatedState, clients: Sequence[int], roun
         state: of the federation.
         clients: who is tested.
         round: for the random choices of methods that adapt before they test.
+        progress: told after every client: the phase, how many are done, and of how many.
 
     Returns:
         One entry per client.
     """
     totals = []
-    for index in clients:
+    for done, index in enumerate(clients, start=1):
         client = worker.load(index, state, round)
         worker.method.prepare_test(client)
         totals.append(client.test())
+        progress("testing", done, len(clients))
     return Tested.of(clients, totals, worker)

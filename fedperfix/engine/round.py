@@ -13,7 +13,7 @@ from torch import Tensor
 from fedperfix.config import TrainConfig
 from fedperfix.engine.client import Worker
 from fedperfix.engine.device import synchronize
-from fedperfix.engine.evaluate import Tested, evaluate
+from fedperfix.engine.evaluate import Progress, Tested, evaluate
 from fedperfix.engine.state import FederatedState, Uploads
 from fedperfix.randomness import numpy_generator
 
@@ -64,7 +64,14 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run_round(worker: Worker, state: FederatedState, config: TrainConfig, *, evaluate_all: bool) -> RoundResult:
+def run_round(
+    worker: Worker,
+    state: FederatedState,
+    config: TrainConfig,
+    *,
+    evaluate_all: bool,
+    progress: Progress = lambda phase, done, total: None,
+) -> RoundResult:
     """Play the next round, or leave `state` as it was if it is interrupted or fails.
 
     Args:
@@ -72,6 +79,7 @@ def run_round(worker: Worker, state: FederatedState, config: TrainConfig, *, eva
         state: of the federation; changed in place.
         config: of the run.
         evaluate_all: whether to test all clients at the end.
+        progress: told after every client's turn: the phase, how many clients are done, and of how many.
 
     Returns:
         What happened.
@@ -100,6 +108,7 @@ def run_round(worker: Worker, state: FederatedState, config: TrainConfig, *, eva
             with watch.phase("evaluate"):
                 method.prepare_test(client)
                 totals.append(client.test())
+            progress("training", row + 1, len(sampled))
 
         with watch.phase("aggregate"):
             kept = finite_rows(rows, *extra.values(), *own.values())
@@ -113,7 +122,7 @@ def run_round(worker: Worker, state: FederatedState, config: TrainConfig, *, eva
         with watch.phase("evaluate"):
             local = Tested.of(sampled, totals, worker)
             everyone = range(worker.data.clients)
-            personalised = evaluate(worker, state, everyone, round) if evaluate_all else None
+            personalised = evaluate(worker, state, everyone, round, progress) if evaluate_all else None
         state.round = round
 
     loss, correct, images = torch.stack(meters)[kept].double().sum(0).tolist()
@@ -152,7 +161,9 @@ def finite_rows(*tables: Tensor) -> list[int]:
     return [row for row, good in enumerate(finite) if good]
 
 
-def _keep(state: FederatedState, sampled: list[int], kept: list[int], local: Tensor, own: dict[str, Tensor]) -> None:
+def _keep(
+    state: FederatedState, sampled: list[int], kept: list[int], local: Tensor, own: dict[str, Tensor]
+) -> None:
     """Write what the kept clients keep into their rows of the tables."""
     target = torch.tensor([sampled[row] for row in kept], device=state.personal.device)
     state.personal[target] = local[kept].to(state.personal.device)

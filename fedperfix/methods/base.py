@@ -1,11 +1,11 @@
 """What a federated method is: which parameters stay with the client, what a client does, what the server does.
 
-The engine does the rest: it loads a client, calls `train_client`, collects the uploads, calls `aggregate`, and keeps
-every state in tables. A method that needs nothing special sets `local_groups` and is complete.
+The engine does the rest: it loads a client, calls `train_client`, collects the uploads, calls `aggregate`, and
+keeps every state in tables. A method that needs nothing special sets `local_groups` and is complete.
 
-How methods with more state use the hooks: SCAFFOLD keeps a control variate per client (`client_state`) and one at the
-server (`server_state`, named in `broadcast`), passes `adjust` to `client.train`, and sends the difference of its
-control variate as an `extra_upload`. FedRep calls `client.train("local", ...)` and then `client.train("shared", ...)`.
+How methods with more state use the hooks: SCAFFOLD keeps a control variate per client (`client_state`) and one at
+the server (`server_state`, named in `broadcast`), passes `adjust` to `client.train`, and sends the change of its
+control variate as an `extra_upload`. FedRep calls `client.train("local", ...)`, then `client.train("shared", ...)`.
 APFL keeps a second model as client state, writes its own loop over `client.batches()`, and mixes the two models in
 `prepare_test`. A server optimizer keeps its moments in `server_state` and overrides `aggregate`.
 """

@@ -9,8 +9,8 @@ from fedperfix.models.groups import GROUPS
 class Local(Method):
     """Every client trains a model of its own and nothing is uploaded; all parameters are local.
 
-    As the other methods, a client trains only in the rounds in which it is sampled, so that all methods take the same
-    number of steps (Sun et al., ICCV 2023, do the same). All clients start from the same weights.
+    As with the other methods, a client trains only in the rounds in which it is sampled, so that all methods take
+    the same number of steps (Sun et al., ICCV 2023, do the same). All clients start from the same weights.
     """
 
     name = "local"

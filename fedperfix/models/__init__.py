@@ -36,8 +36,8 @@ def create_model(config: TrainConfig, *, channels: int, num_classes: int, image_
         The model, float32 on the CPU: [B, channels, size, size] to [B, num_classes].
 
     Raises:
-        ConfigError: an unknown model, an image size that the patch does not divide, pretrained weights that cannot be
-            had, a prefix that does not fit the model. The sentence names the option.
+        ConfigError: an unknown model, an image size that the patch does not divide, pretrained weights that cannot
+            be had, a prefix that does not fit the model. The sentence names the option.
     """
     from fedperfix.methods import METHODS  # methods import this package for its parameter groups
 

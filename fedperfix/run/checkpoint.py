@@ -1,8 +1,8 @@
 """Checkpoints: the state after a round in one safetensors file, from which a run goes on bit for bit.
 
 Tensors in it: `global.<parameter>`, `personal.<parameter>` [clients, ...], and what the method keeps,
-`server.<name>` and `client.<name>` [clients, ...]. Random choices are functions of (seed, purpose, client, round), so
-no generator has a state to be saved.
+`server.<name>` and `client.<name>` [clients, ...]. Random choices are functions of (seed, purpose, client, round),
+so no generator has a state to be saved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, state: FederatedState, arena: ParameterArena, config: TrainConfig) -> None:
-    """Write the state after its last finished round; an older checkpoint at `path` stays until the new one is whole.
+    """Write the state after its last finished round; an older file at `path` stays until the new one is whole.
 
     Raises:
         OSError: it cannot be written; what was there is intact.
@@ -80,7 +80,9 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     if metadata.get("checksum") != _checksum(tensors):
         raise CheckpointError(f"--resume: '{path}' is damaged: its content does not match its checksum")
     if metadata.get("config") != config_digest(config):
-        raise CheckpointError(f"--resume: '{path}' was made with another configuration than the folder's config.toml")
+        raise CheckpointError(
+            f"--resume: '{path}' was made with another configuration than the folder's config.toml"
+        )
     places = dict(_named(state, arena))
     wrong = sorted(
         name

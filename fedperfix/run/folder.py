@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,9 +74,9 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def write_environment(folder: Path, config: TrainConfig, device: torch.device, first_round: int) -> None:
-    """Record what computes the rounds from `first_round` on: one entry for the start and one for every resumption."""
+    """Record what computes the rounds from `first_round` on: an entry for the start and for every resumption."""
     path = folder / ENVIRONMENT
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    entries = read_environment(folder) if path.exists() else []
     backend = explain("auto" if config.fused else "reference", device)
     entries.append(
         {
@@ -91,6 +92,11 @@ def write_environment(folder: Path, config: TrainConfig, device: torch.device, f
         }
     )
     write_text(path, json.dumps(entries, indent=2) + "\n")
+
+
+def read_environment(folder: Path) -> list[dict[str, Any]]:
+    """What `write_environment` recorded, in order."""
+    return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
 
 
 def _version(package: str) -> str | None:

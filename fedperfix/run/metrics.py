@@ -26,9 +26,9 @@ class MetricsError(ValueError):
 class RoundMetrics:
     """One line of the metrics files. Accuracies are in percent, times in seconds.
 
-    `local_*` is after local training, over the sampled clients; `sampled_*` and `all_*` are after the aggregation, with
-    the new global parameters and the client's own, and None in rounds without evaluation. `worst` is the mean of the
-    worst tenth of the clients, `weighted` the mean over test images, the losses are mean cross-entropies.
+    `local_*` is after local training, over the sampled clients; `sampled_*` and `all_*` are after the aggregation,
+    with the new global parameters and the client's own, and None in rounds without evaluation. `worst` is the mean
+    of the worst tenth of the clients, `weighted` the mean over test images, the losses are mean cross-entropies.
     """
 
     round: int

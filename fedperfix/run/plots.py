@@ -55,6 +55,7 @@ def _draw_curve(axes, rounds: Sequence[RoundMetrics]) -> None:
     axes.fill_between(x, low, high, color=_BLUE, alpha=0.15, lw=0)
     axes.plot(x, mean, color=_BLUE, lw=2, marker="o", ms=4, label="global + personal, all clients (mean ± std)")
     axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("test accuracy (%)")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 

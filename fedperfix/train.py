@@ -1,0 +1,268 @@
+"""`python -m fedperfix.train`: from a command line to a trained federation and its run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fedperfix.config import ConfigError, TrainConfig, parse_args
+from fedperfix.data import DataError, FederatedData, Preprocess, load_dataset
+from fedperfix.engine.client import Worker
+from fedperfix.engine.device import device_name, resolve_device
+from fedperfix.engine.round import run_round
+from fedperfix.engine.state import FederatedState
+from fedperfix.methods import METHODS
+from fedperfix.models import create_model, image_size
+from fedperfix.run import checkpoint, folder, metrics
+from fedperfix.run.checkpoint import CheckpointError
+from fedperfix.run.interrupt import Interrupted, interruptible
+from fedperfix.run.metrics import MetricsError, RoundMetrics
+from fedperfix.run.plots import PLOT, plot_run
+from fedperfix.run.progress import display, header, print_plain, summary
+from fedperfix_kernels import explain
+
+# What ends in one sentence and exit code 2; anything else is a fault of the program and keeps its traceback.
+USER_ERRORS = (ConfigError, DataError, CheckpointError, MetricsError, OSError, torch.OutOfMemoryError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None is the process's own.
+
+    Returns:
+        The exit code: 0, 2 for wrong input (one sentence on stderr), 130 when it was interrupted and saved.
+    """
+    try:
+        return train(parse_args(argv), Console())
+    except USER_ERRORS as error:
+        print(f"fedperfix: error: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def train(config: TrainConfig, console: Console) -> int:
+    """Train one federation, from data to summary.
+
+    Args:
+        config: valid; `resume` goes on with the run in that folder.
+        console: where to show it.
+
+    Returns:
+        0, or 130 when it was interrupted and saved.
+
+    Raises:
+        `USER_ERRORS`: wrong input; a new run's folder is then not made, an old one's is intact.
+    """
+    federation = build(config)
+    run = resume(federation) if config.resume else start(federation)
+    header(console, describe(federation, run))
+    code = play(federation, run, console)
+    if code == 0:
+        summary(console, run.rounds, run.folder)
+    return code
+
+
+@dataclass
+class Federation:
+    """Data, model and state of a run, in memory."""
+
+    config: TrainConfig
+    worker: Worker
+    state: FederatedState
+
+
+@dataclass
+class Run:
+    """A run's folder and the metrics in it."""
+
+    folder: Path
+    rounds: list[RoundMetrics]
+
+
+def build(config: TrainConfig) -> Federation:
+    """Load the data, divide it over the clients, build the model; nothing is written.
+
+    Raises:
+        ConfigError, DataError: wrong input.
+    """
+    device = resolve_device(config.device)
+    _check_tensorboard(config)
+    dataset = load_dataset(config.dataset, config.data_dir)
+    data = FederatedData.build(
+        dataset,
+        clients=config.clients,
+        alpha=config.alpha,
+        min_client_size=config.min_client_size,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        device=device,
+    )
+    channels, *image_hw = dataset.images.shape[1:]
+    size = image_size(config, tuple(image_hw))
+    model = create_model(config, channels=channels, num_classes=len(dataset.class_names), image_hw=tuple(image_hw))
+    method = METHODS[config.method](config)
+    worker = Worker(model, data, Preprocess(size), method, config, device)
+    backend = "auto" if config.fused else "reference"
+    return Federation(config, worker, FederatedState.initial(worker.arena, method, config.clients, backend))
+
+
+def start(federation: Federation) -> Run:
+    """Make the folder of a new run, with its configuration and a checkpoint of the start."""
+    config, where = federation.config, folder.choose_folder(federation.config)
+    with folder.created(where):
+        folder.write_config(where, config)
+        folder.write_environment(where, config, federation.worker.device, first_round=1)
+        checkpoint.save(where / checkpoint.CHECKPOINT, federation.state, federation.worker.arena, config)
+    return Run(where, [])
+
+
+def resume(federation: Federation) -> Run:
+    """Load a run's checkpoint, and cut its metrics to the checkpoint's round.
+
+    Raises:
+        CheckpointError, MetricsError, ConfigError: the folder's files do not fit; they are intact.
+    """
+    config, where = federation.config, Path(federation.config.resume)
+    if config.run_dir is not None and Path(config.run_dir) != where:
+        raise ConfigError(f"--run-dir: got '{config.run_dir}', but a resumed run goes on in {where}; leave it out")
+    checkpoint.load(where / checkpoint.CHECKPOINT, federation.state, federation.worker.arena, config)
+    finished = federation.state.round
+    if config.rounds < finished:
+        raise ConfigError(f"--rounds: got {config.rounds}, takes at least the {finished} that the run has finished")
+    rounds = metrics.keep_rounds(where, finished)
+    folder.write_config(where, config)
+    folder.write_environment(where, config, federation.worker.device, first_round=finished + 1)
+    return Run(where, rounds)
+
+
+def play(federation: Federation, run: Run, console: Console) -> int:
+    """Play the rounds that are left, writing metrics after each, until the end or an interruption."""
+    config, worker, state = federation.config, federation.worker, federation.state
+    file = run.folder / checkpoint.CHECKPOINT
+    saved = state.round
+    with (
+        contextlib.ExitStack() as resources,
+        interruptible() as poll,
+        display(console, config.rounds, state.round) as screen,
+    ):
+        worker.poll = poll
+        log = resources.enter_context(_tensorboard(config, run.folder))
+        clock = time.perf_counter()
+        try:
+            while state.round < config.rounds:
+                poll()
+                last = state.round + 1 == config.rounds
+                due = last or (state.round + 1) % config.eval_every == 0
+                result = run_round(worker, state, config, evaluate_all=due, progress=screen.client)
+                now = time.perf_counter()
+                record = RoundMetrics.of(result, now - clock)
+                clock = now
+                metrics.append(run.folder, record)
+                run.rounds.append(record)
+                if result.personalised:
+                    metrics.write_clients(run.folder, result.personalised, worker.data.train_sizes)
+                if last or state.round % config.checkpoint_every == 0:
+                    checkpoint.save(file, state, worker.arena, config)
+                    saved = state.round
+                log(record)
+                screen.round(record)
+        except Interrupted:
+            if saved < state.round:
+                checkpoint.save(file, state, worker.arena, config)
+            interrupted = True
+        else:
+            interrupted = False
+    if interrupted:
+        print_plain(console, f"interrupted after round {state.round}; the run is saved. To go on:")
+        print_plain(console, f"  python -m fedperfix.train --resume {run.folder}")
+        return 130
+    _plot(run, config)
+    return 0
+
+
+def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
+    """What the run is, as (name, text) lines for its header."""
+    config, worker = federation.config, federation.worker
+    data, arena = worker.data, worker.arena
+    train, test = sum(map(len, data.train)), sum(map(len, data.test))
+    shared, local = (sum(s.numel() for s in layout.shapes) for layout in (arena.shared_layout, arena.local_layout))
+    height, width = data.images.shape[2:]
+    size = worker.preprocess.image_size
+    resized = "" if (height, width) == (size, size) else f", resized to {size}x{size}"
+    backend = explain("auto" if config.fused else "reference", worker.device)
+    precision = "fp32" if worker.dtype is None else str(worker.dtype).removeprefix("torch.")
+    number, unit = (config.local_steps, "step") if config.local_steps else (config.local_epochs, "epoch")
+    length = f"{number} {unit}{'s' if number > 1 else ''}"
+    return [
+        ("method", f"{worker.method.name}: {worker.method.summary}"),
+        (
+            "data",
+            f"{config.dataset}, {train:,} training and {test:,} test images of {height}x{width}{resized}, "
+            f"{len(data.class_names)} classes, {data.clients} clients (Dirichlet {config.alpha:g})",
+        ),
+        ("model", f"{config.model}, {shared:,} parameters shared, {local:,} local to each client"),
+        (
+            "training",
+            f"{config.rounds} rounds, {config.sampled} clients each, {length}, batch {config.batch_size}, "
+            f"{config.optimizer} {config.lr:g}, seed {config.seed}",
+        ),
+        ("device", f"{device_name(worker.device)}, {precision}"),
+        ("kernels", f"attention and aggregation: {backend}"),
+        ("run folder", str(run.folder)),
+    ]
+
+
+def _plot(run: Run, config: TrainConfig) -> None:
+    title = f"{config.method} on {config.dataset}, {config.clients} clients, Dirichlet {config.alpha:g}"
+    plot_run(run.folder / PLOT, run.rounds, metrics.read_clients(run.folder), title)
+
+
+def _check_tensorboard(config: TrainConfig) -> None:
+    if not config.tensorboard:
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "--tensorboard: the tensorboard package is not installed; pip install 'fedperfix[tensorboard]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _tensorboard(config: TrainConfig, where: Path):
+    """A function that logs a round's figures to TensorBoard, or one that does nothing."""
+    if not config.tensorboard:
+        yield lambda record: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(where / "tensorboard") as writer:
+
+        def log(record: RoundMetrics) -> None:
+            for name, value in vars(record).items():
+                if isinstance(value, (int, float)) and name != "round":
+                    writer.add_scalar(name, value, record.round)
+
+        yield log
+
+
+def sentence(error: BaseException) -> str:
+    """An error of `USER_ERRORS` as one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "--batch-size: the GPU's memory is full; use a smaller batch, --model, or --image-size"
+    if isinstance(error, OSError):
+        where = f" '{error.filename}'" if error.filename else ""
+        return f"cannot write or read{where}: {error.strerror or error}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
