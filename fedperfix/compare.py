@@ -115,8 +115,8 @@ def table(runs: Sequence[Finished], command: str) -> str:
         "",
         f"Test accuracy (%) over all {config.clients} clients after the last of {config.rounds} rounds, with the "
         "global parameters and each client's own: mean over clients, then mean ± standard deviation over the seeds "
-        f"{', '.join(map(str, seeds))}. Std and worst 10 % are over clients, averaged over seeds; `local` is after local "
-        "training, over the clients sampled in the last round.",
+        f"{', '.join(map(str, seeds))}. Std and worst 10 % are over clients, averaged over seeds; `local` is after "
+        "local training, over the clients sampled in the last round.",
         "",
         "| method | local | global + personal | each seed | std | worst 10 % | sent per round | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -170,8 +170,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m fedperfix.compare",
-        description="Run methods times seeds, one after the other, and write their table. Runs that --out has already "
-        "are not repeated; unfinished ones go on.",
+        description="Run methods times seeds, one after the other, and write their table. Runs that --out has "
+        "already are not repeated; unfinished ones go on.",
         epilog="All other options are those of python -m fedperfix.train, for every run.",
         allow_abbrev=False,
     )

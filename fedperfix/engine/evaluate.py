@@ -33,7 +33,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Evaluation:
     """What a test of some clients found.
 
     Args:
@@ -49,7 +49,7 @@ class Tested:
     images: np.ndarray
 
     @classmethod
-    def of(cls, clients: Sequence[int], totals: Sequence[Tensor], worker: Worker) -> Tested:
+    def of(cls, clients: Sequence[int], totals: Sequence[Tensor], worker: Worker) -> Evaluation:
         """Read the clients' totals (what `Client.test` returns) from the device, once for all of them."""
         table = torch.stack(list(totals)).double().cpu().numpy()
         images = np.array([len(worker.data.test[index]) for index in clients])
@@ -65,10 +65,10 @@ class Tested:
         """Cross-entropy, mean over all test images."""
         return float(self.loss.sum() / self.images.sum())
 
-    def among(self, clients: Sequence[int]) -> Tested:
+    def among(self, clients: Sequence[int]) -> Evaluation:
         """The same, for some of the clients only."""
         rows = [self.clients.index(client) for client in clients]
-        return Tested(tuple(clients), self.loss[rows], self.correct[rows], self.images[rows])
+        return Evaluation(tuple(clients), self.loss[rows], self.correct[rows], self.images[rows])
 
     def spread(self) -> Spread:
         """The accuracy's spread over these clients."""
@@ -84,7 +84,7 @@ def evaluate(
     clients: Sequence[int],
     round: int,
     progress: Progress = lambda phase, done, total: None,
-) -> Tested:
+) -> Evaluation:
     """Test clients with the global parameters and their own, as they are in `state`; nothing in it changes.
 
     Args:
@@ -103,4 +103,4 @@ def evaluate(
         worker.method.prepare_test(client)
         totals.append(client.test())
         progress("testing", done, len(clients))
-    return Tested.of(clients, totals, worker)
+    return Evaluation.of(clients, totals, worker)

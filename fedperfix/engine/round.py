@@ -13,7 +13,7 @@ from torch import Tensor
 from fedperfix.config import TrainConfig
 from fedperfix.engine.client import Worker
 from fedperfix.engine.device import synchronize
-from fedperfix.engine.evaluate import Progress, Tested, evaluate
+from fedperfix.engine.evaluate import Evaluation, Progress, evaluate
 from fedperfix.engine.state import FederatedState, Uploads
 from fedperfix.randomness import numpy_generator
 
@@ -41,8 +41,8 @@ class RoundResult:
     train_loss: float | None
     train_accuracy: float | None
     train_images: int
-    local: Tested
-    personalised: Tested | None
+    local: Evaluation
+    personalised: Evaluation | None
     bytes_up: int
     bytes_down: int
     seconds: dict[str, float]
@@ -120,7 +120,7 @@ def run_round(
                 _keep(state, sampled, kept, rows[:, arena.shared.numel() :], own)
 
         with watch.phase("evaluate"):
-            local = Tested.of(sampled, totals, worker)
+            local = Evaluation.of(sampled, totals, worker)
             everyone = range(worker.data.clients)
             personalised = evaluate(worker, state, everyone, round, progress) if evaluate_all else None
         state.round = round

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from fedperfix.engine.evaluate import Spread, Tested
+from fedperfix.engine.evaluate import Evaluation, Spread
 from fedperfix.engine.round import RoundResult
 from fedperfix.run.files import append_line, write_text
 
@@ -136,7 +136,7 @@ def keep_rounds(folder: Path, last: int) -> list[RoundMetrics]:
     return rounds
 
 
-def write_clients(folder: Path, tested: Tested, train_sizes: list[int]) -> None:
+def write_clients(folder: Path, tested: Evaluation, train_sizes: list[int]) -> None:
     """Write each client's accuracy in an evaluation over all clients: client, train and test images, percent."""
     lines = ["client,train_images,test_images,accuracy"]
     for client, images, accuracy in zip(tested.clients, tested.images, tested.accuracy, strict=True):
@@ -150,7 +150,7 @@ def read_clients(folder: Path) -> list[float]:
         return [float(row["accuracy"]) for row in csv.DictReader(file)]
 
 
-def _spread(name: str, tested: Tested | None) -> dict[str, float | None]:
+def _spread(name: str, tested: Evaluation | None) -> dict[str, float | None]:
     keys = [f"{name}_{item.name}" for item in fields(Spread)]
     if tested is None:
         return dict.fromkeys([*keys, f"{name}_loss"])

@@ -16,7 +16,7 @@ from fedperfix.methods import METHODS, Method
 CPU = torch.device("cpu")
 CLASSES, SIDE, HIDDEN = 3, 2, 4
 
-# Three clients of different sizes, each of whose epochs is one batch, so that an epoch is one step of gradient descent.
+# Three clients of different sizes; an epoch of each is one batch, so one step of gradient descent.
 CONFIG = TrainConfig(
     method="fedavg", clients=3, sampled=2, rounds=2, optimizer="sgd", lr=0.5, batch_size=64, precision="fp32"
 )

@@ -1,0 +1,152 @@
+"""Local training on the flat buffer against ordinary PyTorch training, and the order of the batches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedperfix.config import ConfigError
+from fedperfix.engine.client import make_optimizer
+from fedperfix.engine.device import autocast_dtype, resolve_device
+from tests.fedperfix import tiny
+
+OPTIMIZERS = [
+    {"optimizer": "adamw", "lr": 0.01},
+    {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    {"optimizer": "sgd", "lr": 0.1},
+    {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+]
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_flat_optimizer_does_what_one_per_parameter_does(options: dict) -> None:
+    worker, state, config = tiny.federation("fedper", batch_size=4, **options)
+    expected = copy.deepcopy(worker.model)
+    for parameter in expected.parameters():
+        parameter.data = parameter.detach().clone()
+        parameter.grad = None
+    optimizer = make_optimizer(list(expected.parameters()), config)
+    client = worker.load(2, state, 1)
+    batches = list(worker.load(2, state, 1).batches(epochs=2))
+    for pixels, labels in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(expected(pixels), labels).backward()
+        optimizer.step()
+
+    assert client.train(epochs=2) == len(batches) == 6
+    for (name, actual), parameter in zip(worker.model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter, rtol=1e-6, atol=1e-7, msg=name)
+        assert actual.grad is not None
+    worker.arena.check()
+    padding = worker.arena.flat.numel() - sum(p.numel() for p in worker.model.parameters())
+    assert (worker.arena.flat == 0).sum() == padding
+
+
+@pytest.mark.parametrize("part", ["all", "shared", "local"])
+def test_a_part_trains_and_the_rest_stays(part: str) -> None:
+    worker, state, _ = tiny.federation("fedper", batch_size=4)
+    client = worker.load(0, state, 1)
+    shared, local = worker.arena.shared.clone(), worker.arena.local.clone()
+    client.train(part, epochs=1)
+    assert torch.equal(worker.arena.shared, shared) == (part == "local")
+    assert torch.equal(worker.arena.local, local) == (part == "shared")
+
+
+def test_adjust_changes_the_gradient_before_the_step() -> None:
+    worker, state, config = tiny.federation("fedavg")
+    client = worker.load(0, state, 1)
+    before = worker.arena.flat.clone()
+    client.train(steps=3, adjust=lambda gradient: gradient.fill_(0.25))
+    torch.testing.assert_close(worker.arena.flat, before - 3 * 0.25 * config.lr)
+
+
+def test_an_epoch_has_every_image_once_and_ends_with_the_smaller_batch() -> None:
+    worker, state, _ = tiny.federation(client_data=tiny.data((5, 9, 13)), batch_size=4)
+    images = worker.data.images[worker.data.train[2]]
+    for round in (1, 2):
+        batches = list(worker.load(2, state, round).batches(epochs=1))
+        assert [len(labels) for _, labels in batches] == [4, 4, 4, 1]
+        seen = torch.cat([pixels for pixels, _ in batches])
+        assert sorted(seen.flatten(1).tolist()) == sorted(worker.preprocess(images).flatten(1).tolist())
+
+
+def test_steps_go_on_over_epochs_and_stop_inside_one() -> None:
+    worker, state, _ = tiny.federation(client_data=tiny.data((5, 9, 13)), batch_size=4)
+    sizes = [len(labels) for _, labels in worker.load(0, state, 1).batches(steps=5)]
+    assert sizes == [4, 1, 4, 1, 4]
+    assert worker.load(0, state, 1).train(steps=5) == 5
+    worker, state, _ = tiny.federation(local_steps=7)
+    assert worker.load(0, state, 1).train() == 7
+    worker, state, _ = tiny.federation(local_epochs=3)
+    assert worker.load(0, state, 1).train() == 3
+
+
+def test_the_order_depends_on_seed_client_and_round_and_changes_with_every_epoch() -> None:
+    def order(seed: int = 0, client: int = 0, round: int = 1, epochs: int = 1) -> list[float]:
+        worker, state, _ = tiny.federation(client_data=tiny.data((9, 9, 9)), seed=seed, batch_size=1)
+        return [float(pixels.sum()) for pixels, _ in worker.load(client, state, round).batches(epochs=epochs)]
+
+    two = order(epochs=2)
+    assert order() == two[:9] != two[9:]
+    assert sorted(two[:9]) == sorted(two[9:])
+    assert order() == order()
+    assert order(seed=1) != order()
+    assert order(round=2) != order()
+
+
+def test_a_methods_second_loop_goes_on_with_another_order() -> None:
+    worker, state, _ = tiny.federation(client_data=tiny.data((9, 9, 9)), batch_size=1)
+    client = worker.load(0, state, 1)
+    first, second = ([float(p.sum()) for p, _ in client.batches(epochs=1)] for _ in range(2))
+    assert first != second
+
+
+def test_the_meter_adds_up_loss_right_answers_and_images() -> None:
+    worker, state, _ = tiny.federation(batch_size=4)
+    client = worker.load(1, state, 1)
+    client.train(epochs=1, adjust=lambda gradient: gradient.zero_())  # so that the parameters stay
+    chosen = worker.data.train[1]
+    logits = worker.model(worker.preprocess(worker.data.images[chosen])).detach()
+    labels = worker.data.labels[chosen]
+    expected = [float(F.cross_entropy(logits, labels, reduction="sum")), int((logits.argmax(1) == labels).sum()), 9]
+    assert client.meter.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_reduced_precision_trains_float32_parameters_nearly_the_same(precision: str, dtype: torch.dtype) -> None:
+    results = {}
+    for kind in ("fp32", precision):
+        worker, state, _ = tiny.federation(precision=kind, lr=0.1)
+        before = worker.arena.flat.clone()
+        worker.load(0, state, 1).train(steps=4)
+        results[kind] = worker.arena.flat - before
+        assert worker.arena.flat.dtype == torch.float32
+        assert worker.dtype == (None if kind == "fp32" else dtype)
+    exact, near = results["fp32"], results[precision]
+    assert not torch.equal(exact, near)
+    assert float((exact - near).norm() / exact.norm()) < 0.02
+
+
+def test_an_overflow_in_fp16_skips_the_step_instead_of_spoiling_the_model() -> None:
+    worker, state, _ = tiny.federation(precision="fp16")
+    client = worker.load(0, state, 1)
+    before = worker.arena.flat.clone()
+    optimizer = client.optimizer()
+    client.gradients(*next(client.batches()))
+    worker.arena.gradients[0] = float("inf")
+    client.step(optimizer)
+    assert torch.equal(worker.arena.flat, before)
+
+
+def test_auto_is_full_precision_on_a_cpu() -> None:
+    assert autocast_dtype("auto", tiny.CPU) is None
+    assert resolve_device("cpu") == tiny.CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--device: got 'cuda:3', but PyTorch finds no GPU"):
+        resolve_device("cuda:3")
