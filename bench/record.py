@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     started = time.perf_counter()
     record = describe_machine(device)
+    if record["load"] > 0.5:
+        print(f"the machine is busy (load {record['load']:.1f}): these figures will be too slow", file=sys.stderr)
     record["ceilings"] = ceilings(device)
     record["comparisons"] = []
     for plan in all_plans(device):
@@ -116,6 +118,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),

@@ -1,12 +1,26 @@
-"""Personalised federated learning of Vision Transformers on fused kernels."""
+"""Personalised federated learning of Vision Transformers on fused kernels.
 
-from fedperfix_kernels import (
-    ParameterArena,
-    PrefixAttention,
-    aggregate,
-    apply_prefix,
-    prefix_attention,
-)
+The kernels' public names are here as well, loaded when they are first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedperfix_kernels import ParameterArena, PrefixAttention, aggregate, apply_prefix, prefix_attention
 
 __version__ = "0.1.0"
 __all__ = ["ParameterArena", "PrefixAttention", "__version__", "aggregate", "apply_prefix", "prefix_attention"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        import fedperfix_kernels
+
+        return getattr(fedperfix_kernels, name)
+    raise AttributeError(f"module 'fedperfix' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

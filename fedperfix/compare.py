@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fedperfix.run.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import shlex
 import statistics

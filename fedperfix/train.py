@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fedperfix.run.threads  # noqa: F401  # isort: skip  (before torch)
+
 import contextlib
 import sys
 import time
@@ -215,9 +217,14 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
             f"{config.optimizer} {config.lr:g}, seed {config.seed}",
         ),
         ("device", f"{device_name(worker.device)}, {precision}"),
-        ("kernels", f"attention and aggregation: {backend}"),
+        ("attention", backend if worker.method.uses_prefix else _timm_attention(config)),
+        ("aggregation", backend),
         ("run folder", str(run.folder)),
     ]
+
+
+def _timm_attention(config: TrainConfig) -> str:
+    return "timm's, " + ("with PyTorch's fused attention" if config.fused else "eager")
 
 
 def _plot(run: Run, config: TrainConfig) -> None:

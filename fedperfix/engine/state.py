@@ -89,7 +89,7 @@ class FederatedState:
         rows = torch.tensor(clients, device=self.personal.device)
         tables = [self.personal, *self.client_state.values()]
         whole = [self.server.shared, *self.server.state.values()]
-        before = [value.clone() for value in whole], [table[rows] for table in tables], self.round
+        before = [value.clone() for value in whole], [table[rows] for table in tables]
         try:
             yield
         except BaseException:
@@ -97,7 +97,6 @@ class FederatedState:
                 value.copy_(old)
             for table, old in zip(tables, before[1], strict=True):
                 table[rows] = old
-            self.round = before[2]
             raise
 
 

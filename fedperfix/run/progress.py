@@ -40,7 +40,7 @@ def display(console: Console, rounds: int, finished: int) -> Iterator[Display]:
         return
     columns = (
         TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=14),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
@@ -63,8 +63,8 @@ class Live:
 
     def round(self, metrics: RoundMetrics) -> None:
         if metrics.all_mean is not None:
-            self._accuracy = f", global+personal {metrics.all_mean:.1f} %"
-        figures = f"local {metrics.local_mean:.1f} %{self._accuracy}, {metrics.images_per_second:,.0f} images/s"
+            self._accuracy = f"  all {metrics.all_mean:.1f} %"
+        figures = f"local {metrics.local_mean:.1f} %{self._accuracy}  {metrics.images_per_second:,.0f} images/s"
         self._progress.update(self._rounds, completed=metrics.round, figures=figures)
         if metrics.dropped:
             self._progress.console.print(dropped_line(metrics))

@@ -55,8 +55,9 @@ def test_a_part_trains_and_the_rest_stays(part: str) -> None:
     assert torch.equal(worker.arena.local, local) == (part == "shared")
 
 
-def test_adjust_changes_the_gradient_before_the_step() -> None:
-    worker, state, config = tiny.federation("fedavg")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_adjust_changes_the_gradient_before_the_step(precision: str) -> None:
+    worker, state, config = tiny.federation("fedavg", precision=precision)
     client = worker.load(0, state, 1)
     before = worker.arena.flat.clone()
     client.train(steps=3, adjust=lambda gradient: gradient.fill_(0.25))

@@ -144,9 +144,8 @@ def test_timm_checkpoint_file_loads_into_a_prefix_model(tmp_path) -> None:
 
     source = vit().eval()
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
-    layer = PrefixAttention.configured(bottleneck=4)
-    overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5}
-    model = vit(attn_layer=layer, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    model = vit(attn_layer=PrefixAttention.configured(bottleneck=4)).eval()
+    timm.models.load_checkpoint(model, str(tmp_path / "vit.safetensors"))
     torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
@@ -164,7 +165,12 @@ def test_functional_gradients_are_right_or_refused(compiled: bool, device: torch
     if compiled:
         torch._dynamo.reset()
         gradient = torch.compile(gradient, backend="aot_eager")
-    torch.testing.assert_close(gradient(inputs.qkv), run(inputs, "gated", "reference")[1], rtol=1e-4, atol=1e-5)
+    try:
+        found = gradient(inputs.qkv)
+    except TorchDynamoException:  # PyTorch 2.11 cannot trace it, and says so
+        assert compiled
+        return
+    torch.testing.assert_close(found, run(inputs, "gated", "reference")[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
