@@ -72,26 +72,21 @@ def _comparison(
     def step(network: nn.Module, compiled: bool) -> Callable[[int], Results]:
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
         call = torch.compile(network, dynamic=False) if compiled else network
-
-        def run(_: int) -> Results:
-            optimizer.zero_grad()
-            value = loss(call)
-            value.backward()
-            optimizer.step()
-            return value.detach(), network.blocks[0].attn.qkv.weight.grad
-
-        return run
+        return step_of(network, call, optimizer, optimizer.zero_grad)
 
     def flat_step(network: nn.Module) -> Callable[[int], Results]:
         """As the training package does it: one optimizer call over the arena's flat buffer."""
         arena = ParameterArena(network)
         flat = nn.Parameter(arena.flat)
         flat.grad = arena.attach_gradients()
-        optimizer = torch.optim.AdamW([flat], lr=0.0, fused=True)
+        return step_of(network, network, torch.optim.AdamW([flat], lr=0.0, fused=True), arena.zero_gradients)
 
+    def step_of(
+        network: nn.Module, call: Callable, optimizer: torch.optim.Optimizer, zero_gradients: Callable[[], None]
+    ) -> Callable[[int], Results]:
         def run(_: int) -> Results:
-            arena.zero_gradients()
-            value = loss(network)
+            zero_gradients()
+            value = loss(call)
             value.backward()
             optimizer.step()
             return value.detach(), network.blocks[0].attn.qkv.weight.grad

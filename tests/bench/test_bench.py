@@ -31,9 +31,7 @@ def doubling(**variants) -> Comparison:
 
 
 def test_wrong_and_nan_results_are_found() -> None:
-    comparison = doubling(
-        good=lambda _: (X * 2,), wrong=lambda _: (X * 2.001,), nan=lambda _: (X * float("nan"),)
-    )
+    comparison = doubling(good=lambda _: (X * 2,), wrong=lambda _: (X * 2.001,), nan=lambda _: (X * float("nan"),))
     assert set(comparison.wrong()) == {"wrong", "nan"}
 
 
@@ -80,14 +78,20 @@ def small_plans() -> list[Plan]:
     """One plan of each operation that builds within a second on two cores."""
     plans = list(all_plans(CPU))
     attention = [p for p in plans if "B=32" in p.name and "float32" in p.name and "attention" in p.name]
-    return [*attention, next(p for p in plans if "per layer" in p.name), next(p for p in plans if "vit-mini" in p.name)]
+    return [
+        *attention,
+        next(p for p in plans if "per layer" in p.name),
+        next(p for p in plans if "vit-mini" in p.name),
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", small_plans(), ids=lambda plan: plan.name)
 def test_what_is_compared_computes_the_same(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled code is checked by the recorder
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: function
+    )  # compiled code is checked by the recorder
     comparison = plan.build()
     assert tuple(comparison.variants) == plan.variants
     assert comparison.wrong() == {}

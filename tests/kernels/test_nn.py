@@ -46,12 +46,12 @@ TIMM_OPTIONS = [
 
 @pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-def test_starts_as_timms_attention(options: dict, backend: str) -> None:
+def test_starts_as_timms_attention(options: dict, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    theirs = Attention(48, num_heads=3, **options).eval()
-    ours = PrefixAttention(48, num_heads=3, bottleneck=8, backend=backend, **options).eval()
+    theirs = Attention(48, num_heads=3, **options).eval().to(device)
+    ours = PrefixAttention(48, num_heads=3, bottleneck=8, backend=backend, device=device, **options).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 9, 48)
+    x = torch.randn(2, 9, 48, device=device)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     ours(x).square().sum().backward()
     theirs(x).square().sum().backward()
@@ -67,11 +67,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
 @pytest.mark.parametrize("prefix", ["adapter", "tokens", "linear-random"])
-def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: str) -> None:
+def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
     options = {"mode": mode, "prefix": prefix, "bottleneck": 8, "prefix_len": 9, "gate": 0.7, "backend": backend}
-    layer = randomise_prefix(PrefixAttention(48, num_heads=3, qkv_bias=True, **options))
-    x = torch.randn(2, 9, 48)
+    layer = randomise_prefix(PrefixAttention(48, num_heads=3, qkv_bias=True, **options)).to(device)
+    x = torch.randn(2, 9, 48, device=device)
     q, k, v = layer.qkv(x).view(2, 9, 3, 3, 16).unbind(2)
     plugin = layer.prefix
     if prefix == "adapter":
