@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -23,13 +23,14 @@ def apply_prefix(
     prefix_len: int = 10,
     gate: float = 1.0,
     learn_gate: bool = True,
-    depth: int | Sequence[int] | None = None,
+    depth: int | Iterable[int] | None = None,
     init: str = "zero",
     backend: str | None = None,
 ) -> nn.Module:
     """Replace the attention layers of a timm ViT by `PrefixAttention`, keeping their parameters.
 
-    With the default start (`gated`, `init="zero"`) the model computes what it computed before.
+    With the defaults the model computes what it computed before; other starts may not (`concat` never does,
+    because keys of zero take their share of the softmax).
 
     Args:
         model: a timm VisionTransformer (or any module whose attention layers are `timm.layers.Attention`).
@@ -40,7 +41,7 @@ def apply_prefix(
         `model`, changed in place.
 
     Raises:
-        TypeError: an attention layer of a class that cannot carry a prefix.
+        TypeError: an attention layer of a class that cannot carry a prefix, or an argument of the wrong type.
         ValueError: no attention layers, a depth that the model does not have, or a prefix already there.
         ImportError: timm is not installed.
     """
@@ -92,24 +93,38 @@ def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(f"model: '{name}' already has a prefix; apply_prefix takes a model without one")
         if type(module) is Attention:
             layers[name] = module
-        elif "attention" in type(module).__name__.lower() and hasattr(module, "qkv"):
-            raise TypeError(
-                f"model: '{name}' is a {type(module).__module__}.{type(module).__name__}, apply_prefix takes "
-                "timm.layers.Attention; use a plain ViT or DeiT, or write the layer with prefix_attention"
-            )
+        elif isinstance(module, Attention) or (_named_attention(module) and hasattr(module, "qkv")):
+            raise _foreign(name, module)
     if not layers:
+        for name, module in model.named_modules():
+            if _named_attention(module):
+                raise _foreign(name, module)
         raise ValueError(
             message("model", f"{type(model).__name__} without timm.layers.Attention", "a timm VisionTransformer")
         )
     return layers
 
 
-def _chosen(depth: int | Sequence[int] | None, blocks: int) -> set[int]:
+def _named_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _foreign(name: str, module: nn.Module) -> TypeError:
+    return TypeError(
+        f"model: '{name}' is a {type(module).__module__}.{type(module).__name__}, apply_prefix takes "
+        "timm.layers.Attention; use a plain ViT or DeiT, or write the layer with prefix_attention"
+    )
+
+
+def _chosen(depth: int | Iterable[int] | None, blocks: int) -> set[int]:
     if depth is None:
         return set(range(blocks))
+    takes = f"None, a number from 1 to {blocks}, or indices from 0 to {blocks - 1}"
+    if isinstance(depth, bool) or not isinstance(depth, (int, Iterable)):
+        raise TypeError(message("depth", repr(depth), takes))
     chosen = set(range(depth)) if isinstance(depth, int) else set(depth)
     if not chosen or not chosen <= set(range(blocks)):
-        takes = f"None, a number from 1 to {blocks}, or indices from 0 to {blocks - 1}"
         raise ValueError(message("depth", repr(depth), takes))
     return chosen
 

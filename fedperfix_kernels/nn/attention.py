@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedperfix_kernels.attention import MODES, packed_prefix_attention, prefix_attention
 from fedperfix_kernels.backends import BACKENDS
-from fedperfix_kernels.checks import check_choice, describe, message
-from fedperfix_kernels.nn.prefixes import make_prefix
+from fedperfix_kernels.checks import check_choice, check_tensor, describe, message
+from fedperfix_kernels.nn.prefixes import check_size, make_prefix
 
 
 class PrefixAttention(nn.Module):
@@ -36,14 +36,13 @@ class PrefixAttention(nn.Module):
         prefix_len: L, number of learned tokens.
         gate: start value of the prefix's gate, one per head.
         learn_gate: whether the gate learns.
-        init: `zero` starts the plugin's last layer at zero, `default` as nn.Linear does.
+        init: `zero` starts the plugin's last layer at zero (tokens: their values), `default` as nn.Linear does;
+            the linear prefixes have their start in their name.
         backend: as in `prefix_attention`; None is `auto`.
 
     Raises:
-        ValueError: an argument out of range; the message names it.
+        ValueError, TypeError: an argument out of range or of the wrong type; the message names it.
     """
-
-    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -72,7 +71,10 @@ class PrefixAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if attn_head_dim is None and dim % num_heads:
+        check_size("num_heads", num_heads)
+        if attn_head_dim is not None:
+            check_size("attn_head_dim", attn_head_dim)
+        elif dim % num_heads:
             raise ValueError(message("dim", str(dim), f"a multiple of num_heads = {num_heads}"))
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError(message("norm_layer", "None", "a norm class when qk_norm or scale_norm is set"))
@@ -143,8 +145,9 @@ class PrefixAttention(nn.Module):
             [B, N, dim_out].
 
         Raises:
-            NotImplementedError: a mask, or attention dropout while training.
-            ValueError: x of another width, or `additive` with another number of prefix tokens than N.
+            ValueError: a mask, attention dropout while training, x of another shape, or `additive` with another
+                number of prefix tokens than N.
+            TypeError: x is no tensor.
         """
         self._check(x, attn_mask, is_causal)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
@@ -162,15 +165,16 @@ class PrefixAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(message("x", describe(x), f"shape [batch, tokens, {self.qkv.in_features}]"))
         if attn_mask is not None or is_causal:
-            raise NotImplementedError(
+            raise ValueError(
                 "attn_mask, is_causal: got a mask, takes none (every token attends to every token); "
                 "keep timm's Attention for masked models"
             )
         if self.training and self.attn_drop.p > 0:
-            raise NotImplementedError(
+            raise ValueError(
                 f"attn_drop: got {self.attn_drop.p} while training, takes 0; "
                 "create the model with attn_drop_rate=0 and use proj_drop_rate or drop_path_rate instead"
             )

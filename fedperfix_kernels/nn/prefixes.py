@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,15 @@ from fedperfix_kernels.checks import check_choice, message
 
 PREFIXES = ("adapter", "tokens", "linear-zero", "linear-random")
 INITS = ("zero", "default")
+
+
+def check_size(argument: str, got: object, smallest: int = 1) -> None:
+    """Raise TypeError unless `got` is a whole number, ValueError unless it is at least `smallest`."""
+    takes = f"a whole number of at least {smallest}"
+    if isinstance(got, bool) or not isinstance(got, numbers.Integral):
+        raise TypeError(message(argument, repr(got), takes))
+    if got < smallest:
+        raise ValueError(message(argument, str(got), takes))
 
 
 class Prefix(nn.Module):
@@ -167,15 +179,19 @@ def make_prefix(
         init: one of `INITS`.
 
     Raises:
-        ValueError: an unknown name or a size below 1.
+        ValueError: an unknown name, a size below 1, or a gate that is not finite.
+        TypeError: a size that is no whole number, or a gate that is no number.
     """
     check_choice("prefix", prefix, PREFIXES)
     check_choice("init", init, INITS)
-    smallest = 0 if prefix == "tokens" else 1
-    if prefix in ("adapter", "tokens") and bottleneck < smallest:
-        raise ValueError(message("bottleneck", str(bottleneck), f"a whole number of at least {smallest}"))
-    if prefix == "tokens" and prefix_len < 1:
-        raise ValueError(message("prefix_len", str(prefix_len), "a whole number of at least 1"))
+    if prefix in ("adapter", "tokens"):
+        check_size("bottleneck", bottleneck, 0 if prefix == "tokens" else 1)
+    if prefix == "tokens":
+        check_size("prefix_len", prefix_len)
+    if isinstance(gate, bool) or not isinstance(gate, numbers.Real):
+        raise TypeError(message("gate", repr(gate), "a number"))
+    if not math.isfinite(gate):
+        raise ValueError(message("gate", repr(gate), "a finite number"))
     if prefix == "adapter":
         return AdapterPrefix(dim, heads, head_dim, bottleneck, gate, learn_gate, init)
     if prefix == "tokens":

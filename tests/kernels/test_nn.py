@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 
 import pytest
@@ -41,7 +42,11 @@ TIMM_OPTIONS = [
     {"qk_norm": True, "norm_layer": nn.LayerNorm},
     {"attn_head_dim": 12},
     {"qkv_bias": True, "scale_norm": True, "norm_layer": nn.LayerNorm, "proj_drop": 0.1},
+    {"dim_out": 40},
+    {"qkv_bias": True, "gated": True},
 ]
+# `gated` is newer than the oldest supported timm
+TIMM_OPTIONS = [o for o in TIMM_OPTIONS if o.keys() <= inspect.signature(Attention).parameters.keys()]
 
 
 @pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
@@ -72,6 +77,7 @@ def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: s
     options = {"mode": mode, "prefix": prefix, "bottleneck": 8, "prefix_len": 9, "gate": 0.7, "backend": backend}
     layer = randomise_prefix(PrefixAttention(48, num_heads=3, qkv_bias=True, **options)).to(device)
     x = torch.randn(2, 9, 48, device=device)
+    x.requires_grad_()
     q, k, v = layer.qkv(x).view(2, 9, 3, 3, 16).unbind(2)
     plugin = layer.prefix
     if prefix == "adapter":
@@ -87,13 +93,76 @@ def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: s
         "concat": lambda: attend(q, torch.cat([k, g * p_k], 1), torch.cat([v, g * p_v], 1)),
         "additive": lambda: attend(q, k + g * p_k, v + g * p_v),
     }[mode]()
+    expected = layer.proj(expected)
+    found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    inputs = [x, *layer.parameters()]
+    right = torch.autograd.grad(expected, inputs, upstream)
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    for name, got, want in zip(["x", *dict(layer.named_parameters())], gradients, right, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("mode", ["gated", "concat"])
+def test_norms_of_q_and_k_leave_the_prefix_keys_alone(mode: str, backend: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = PrefixAttention(
+        48,
+        num_heads=3,
+        qk_norm=True,
+        norm_layer=nn.LayerNorm,
+        mode=mode,
+        prefix="tokens",
+        bottleneck=0,
+        prefix_len=4,
+    )
+    layer = randomise_prefix(layer).to(device)
+    layer.backend = backend
+    x = torch.randn(2, 9, 48, device=device)
+    q, k, v = layer.qkv(x).view(2, 9, 3, 3, 16).unbind(2)
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    p_k, p_v = (half.view(1, 4, 3, 16).expand(2, -1, -1, -1) for half in layer.prefix.tokens.chunk(2, dim=-1))
+    g = layer.prefix.gate[:, None]
+    if mode == "gated":
+        expected = attend(q, k, v) + g.repeat(1, 16).flatten() * attend(q, p_k, p_v)
+    else:
+        expected = attend(q, torch.cat([k, g * p_k], 1), torch.cat([v, g * p_v], 1))
     torch.testing.assert_close(layer(x), layer.proj(expected), rtol=1e-4, atol=1e-5)
+
+
+# Which starts leave a pretrained model as it was; docs/drop-in.md has the same table.
+NEUTRAL = {("gated", "adapter"), ("gated", "tokens"), ("gated", "linear-zero")}
+NEUTRAL |= {("additive", "adapter"), ("additive", "linear-zero")}
+
+
+@pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
+@pytest.mark.parametrize("prefix", ["adapter", "tokens", "linear-zero", "linear-random"])
+def test_which_zero_starts_leave_the_layer_as_it_was(mode: str, prefix: str) -> None:
+    torch.manual_seed(0)
+    theirs = Attention(48, num_heads=3, qkv_bias=True)
+    ours = PrefixAttention(48, num_heads=3, qkv_bias=True, mode=mode, prefix=prefix, bottleneck=8, prefix_len=9)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 48)
+    same = torch.allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert same == ((mode, prefix) in NEUTRAL)
 
 
 def test_the_papers_parameter_count() -> None:
     """One adapter of ViT-S/16 (384 → 256 → 768) has 295,936 parameters; the gate adds one per head."""
     plugin = AdapterPrefix(384, 6, 64, bottleneck=256, gate=1.0, learn_gate=False, init="zero")
     assert sum(p.numel() for p in plugin.parameters()) == 295_936
+
+
+@pytest.mark.parametrize("bottleneck", [0, 8])
+def test_tokens_start_with_zero_values_and_keys_that_differ(bottleneck: int) -> None:
+    """Equal keys would get equal gradients for ever, and L tokens would be one."""
+    torch.manual_seed(0)
+    layer = PrefixAttention(48, num_heads=3, prefix="tokens", bottleneck=bottleneck, prefix_len=4)
+    keys, values = layer.prefix(torch.empty(0)).unbind(2)
+    assert not values.any()
+    assert all(not torch.equal(keys[0, 0], keys[0, i]) for i in range(1, 4))
 
 
 def test_names_are_timms_plus_prefix() -> None:
@@ -103,17 +172,19 @@ def test_names_are_timms_plus_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "size", "changes"),
     [
-        ("vit_tiny_patch16_224", 32),
-        ("deit_tiny_distilled_patch16_224", 32),
-        ("vit_small_patch14_reg4_dinov2", 28),
-        ("vit_base_patch16_rpn_224", 32),
-        ("vit_little_patch16_reg4_gap_256", 32),
+        ("vit_tiny_patch16_224", 32, {}),
+        ("vit_tiny_patch16_224", 48, {"num_classes": 3, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", 32, {"qk_norm": True, "num_classes": 0}),
+        ("deit_tiny_distilled_patch16_224", 32, {}),
+        ("vit_small_patch14_reg4_dinov2", 28, {}),
+        ("vit_base_patch16_rpn_224", 32, {}),
+        ("vit_little_patch16_reg4_gap_256", 32, {}),
     ],
 )
-def test_apply_prefix_leaves_a_model_as_it_was(name: str, size: int) -> None:
-    model = vit(name, img_size=size)
+def test_apply_prefix_leaves_a_model_as_it_was(name: str, size: int, changes: dict) -> None:
+    model = vit(name, img_size=size, **changes)
     model.eval()
     before = model(images(size=size))
     parameters = dict(model.named_parameters())
@@ -121,7 +192,7 @@ def test_apply_prefix_leaves_a_model_as_it_was(name: str, size: int) -> None:
     torch.testing.assert_close(model(images(size=size)), before, rtol=1e-4, atol=1e-5)
     assert all(model.get_parameter(key) is value for key, value in parameters.items())
     assert len(prefix_parameters(model)) == 2 * 5  # two blocks: down and up with biases, and the gate
-    assert not model.training
+    assert not any(module.training for module in model.modules())
 
 
 def test_depth_chooses_blocks() -> None:
@@ -149,6 +220,48 @@ def test_timm_checkpoint_file_loads_into_a_prefix_model(tmp_path) -> None:
     torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-5)
 
 
+def test_pretrained_weights_reach_a_prefix_model(tmp_path) -> None:
+    """timm.create_model(pretrained=True), with a local file in place of the download."""
+    from safetensors.torch import save_file
+
+    source = vit().eval()
+    save_file(source.state_dict(), tmp_path / "vit.safetensors")
+    # custom_load: timm 1.0.24 expects this model's weights as an npz file
+    overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5, "custom_load": False}
+    layer = PrefixAttention.configured(bottleneck=4)
+    model = vit(attn_layer=layer, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_init", ["", "skip", "jax", "moco"])
+def test_timms_initialisation_leaves_the_start_of_the_prefix(weight_init: str) -> None:
+    zero = vit(attn_layer=PrefixAttention.configured(bottleneck=64), weight_init=weight_init)
+    assert not zero.blocks[0].attn.prefix.up.weight.any()
+    layer = PrefixAttention.configured(bottleneck=64, init="default")
+    default = vit(attn_layer=layer, weight_init=weight_init).blocks[0].attn.prefix.up.weight
+    assert default.std().item() == pytest.approx(1 / (3 * 64) ** 0.5, rel=0.05)  # uniform in ±1/√64
+
+
+def test_a_copy_keeps_its_own_prefix_when_a_timm_state_dict_is_loaded() -> None:
+    model = apply_prefix(vit(), bottleneck=4)
+    other = randomise_prefix(copy.deepcopy(model))
+    before = {name: other.get_parameter(name).detach().clone() for name in prefix_parameters(other)}
+    theirs = vit().state_dict()
+    keys = set(theirs)
+    other.load_state_dict(theirs)
+    assert set(theirs) == keys
+    assert all(torch.equal(other.get_parameter(name), value) for name, value in before.items())
+
+
+def test_apply_prefix_follows_dtype_device_and_mode_of_training() -> None:
+    model = apply_prefix(vit().to(torch.bfloat16).train(), bottleneck=4)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
+    assert model(images().bfloat16()).dtype == torch.bfloat16
+    meta = apply_prefix(vit().to("meta"), bottleneck=4)
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+
+
 def test_own_state_dict_round_trip_and_partial_prefix() -> None:
     model = randomise_prefix(apply_prefix(vit(), bottleneck=4))
     other = apply_prefix(vit(), bottleneck=4)
@@ -157,6 +270,10 @@ def test_own_state_dict_round_trip_and_partial_prefix() -> None:
     damaged = {k: v for k, v in model.state_dict().items() if not k.endswith("prefix.up.weight")}
     with pytest.raises(RuntimeError, match=r"Missing key.*blocks.0.attn.prefix.up.weight"):
         other.load_state_dict(damaged)
+    first_only = apply_prefix(vit(), bottleneck=4, depth=1).state_dict()
+    other.load_state_dict(first_only)  # whole prefixes may lack, layer by layer
+    assert torch.equal(other.blocks[1].attn.prefix.up.weight, model.blocks[1].attn.prefix.up.weight)
+    assert not other.blocks[0].attn.prefix.up.weight.any()
 
 
 def test_torch_compile_autocast_deepcopy_and_checkpointing() -> None:
@@ -200,6 +317,9 @@ def test_a_fixed_gate_does_not_learn() -> None:
         ({"prefix": "mlp"}, "prefix: got 'mlp', takes one of 'adapter'"),
         ({"init": "ones"}, "init: got 'ones', takes one of 'zero'"),
         ({"backend": "cudnn"}, "backend: got 'cudnn', takes one of 'auto'"),
+        ({"num_heads": 0}, "num_heads: got 0, takes a whole number of at least 1"),
+        ({"attn_head_dim": 0}, "attn_head_dim: got 0, takes a whole number of at least 1"),
+        ({"gate": float("nan")}, "gate: got nan, takes a finite number"),
         ({"bottleneck": 0}, "bottleneck: got 0, takes a whole number of at least 1"),
         ({"prefix": "tokens", "prefix_len": 0}, "prefix_len: got 0"),
         ({"qk_norm": True}, "norm_layer: got None"),
@@ -210,24 +330,45 @@ def test_wrong_options(options: dict, text: str) -> None:
         PrefixAttention(**({"dim": 48, "num_heads": 3} | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"bottleneck": 2.5}, "bottleneck: got 2.5, takes a whole number of at least 1"),
+        ({"prefix": "tokens", "prefix_len": "4"}, "prefix_len: got '4', takes a whole number of at least 1"),
+        ({"gate": "high"}, "gate: got 'high', takes a number"),
+    ],
+)
+def test_options_of_a_wrong_type(options: dict, text: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(text)):
+        PrefixAttention(48, num_heads=3, **options)
+
+
 def test_what_it_cannot_do_names_the_way_out() -> None:
     layer = PrefixAttention(48, num_heads=3, attn_drop=0.1)
     x = torch.randn(2, 9, 48)
-    with pytest.raises(NotImplementedError, match=r"attn_drop: got 0\.1 while training.*attn_drop_rate=0"):
+    with pytest.raises(ValueError, match=r"attn_drop: got 0\.1 while training.*attn_drop_rate=0"):
         layer(x)
     layer.eval()
     assert layer(x).shape == x.shape
-    with pytest.raises(NotImplementedError, match="keep timm's Attention"):
+    with pytest.raises(ValueError, match="keep timm's Attention"):
         layer(x, attn_mask=torch.zeros(9, 9))
-    with pytest.raises(NotImplementedError, match="is_causal"):
+    with pytest.raises(ValueError, match="is_causal"):
         layer(x, is_causal=True)
     with pytest.raises(ValueError, match=r"x: got shape \(2, 9, 40\)"):
         layer(x[..., :40])
+    with pytest.raises(ValueError, match=r"x: got shape \(9, 48\)"):
+        layer(x[0])
+    with pytest.raises(TypeError, match="x: got a list, takes a torch.Tensor"):
+        layer([x])
     with pytest.raises(TypeError, match="options: got gates, takes mode, prefix"):
         PrefixAttention.configured(gates=1)
     tokens = PrefixAttention(48, num_heads=3, mode="additive", prefix="tokens", prefix_len=4)
     with pytest.raises(ValueError, match="4 prefix keys, takes 9 in mode 'additive'"):
         tokens(x)
+
+
+class OwnLayer(Attention):
+    """A user's own attention, which may compute anything."""
 
 
 def test_apply_prefix_refuses_what_cannot_carry_a_prefix() -> None:
@@ -236,11 +377,21 @@ def test_apply_prefix_refuses_what_cannot_carry_a_prefix() -> None:
         apply_prefix(swin)
     with pytest.raises(ValueError, match="model: got ResNet without timm.layers.Attention"):
         apply_prefix(timm.create_model("resnet18"))
+    with pytest.raises(TypeError, match=r"'0\.self_attn' is a torch\.nn\.\S+\.MultiheadAttention"):
+        apply_prefix(nn.Sequential(nn.TransformerEncoderLayer(16, 2)))
+    mixed = vit()
+    mixed.blocks[1].attn = OwnLayer(192, num_heads=3)
+    with pytest.raises(TypeError, match=r"'blocks\.1\.attn' is a \S+\.OwnLayer"):
+        apply_prefix(mixed)
+    assert not any(isinstance(module, PrefixAttention) for module in mixed.modules())
     model = apply_prefix(vit(), bottleneck=4)
     with pytest.raises(ValueError, match=r"'blocks\.0\.attn' already has a prefix"):
         apply_prefix(model)
     for depth in (0, 3, [5], []):
         with pytest.raises(ValueError, match="depth: got .*, takes None, a number from 1 to 2"):
+            apply_prefix(vit(), depth=depth)
+    for depth in (1.5, True):
+        with pytest.raises(TypeError, match="depth: got .*, takes None, a number from 1 to 2"):
             apply_prefix(vit(), depth=depth)
 
 
