@@ -7,6 +7,7 @@ import torch
 
 from bench.comparison import Comparison
 from bench.comparisons import all_plans
+from bench.conftest import RATES
 from bench.timing import peak_memory, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +28,7 @@ def built() -> dict[str, tuple[Comparison, dict[str, str]]]:
 
 
 @pytest.mark.parametrize(("plan", "name"), CASES)
-def bench_variant(plan: str, name: str, built: dict, benchmark) -> None:
+def bench_variant(plan: str, name: str, built: dict, benchmark, request: pytest.FixtureRequest) -> None:
     if plan not in built:
         built.clear()
         torch._dynamo.reset()
@@ -37,7 +38,7 @@ def bench_variant(plan: str, name: str, built: dict, benchmark) -> None:
     assert name not in wrong, f"no speed for a wrong result: {wrong[name]}"
     variant = comparison.variants[name]
     benchmark.group = comparison.name
-    benchmark.extra_info |= comparison.settings | {"peak_bytes": peak_memory(variant, DEVICE)}
+    peak = peak_memory(variant, DEVICE)
 
     def call() -> None:
         variant(0)
@@ -45,4 +46,6 @@ def bench_variant(plan: str, name: str, built: dict, benchmark) -> None:
 
     benchmark.pedantic(call, rounds=7, warmup_rounds=2, iterations=1)
     rate = comparison.work / benchmark.stats.stats.median
-    benchmark.extra_info[f"{comparison.unit}_per_second"] = rate
+    benchmark.extra_info |= comparison.settings | {"peak_bytes": peak, f"{comparison.unit}_per_second": rate}
+    entry = {"name": f"{plan} [{name}]", "unit": comparison.unit, "rate": rate, "peak_bytes": peak}
+    request.config.stash[RATES].append(entry)

@@ -28,10 +28,10 @@ def comparison_table(entry: dict[str, Any]) -> str:
         ratio = f"{seconds(baseline)['median'] / spread['median']:.2f}x" if "failed" not in baseline else "–"
         span = f"{_time(spread['median'])} ({_time(spread['lowest'])} – {_time(spread['highest'])})"
         limit = variant.get("fraction_of_limit")
-        lines.append(
-            f"| {name} | {span} | {ratio} | {_rate(entry, variant)} | {variant['peak_bytes'] / 1e6:.1f} MB | "
-            f"{'–' if limit is None else f'{limit:.0%}'} |"
-        )
+        rate = rate_text(entry["unit"], variant[f"{entry['unit']}_per_second"])
+        memory = f"{variant['peak_bytes'] / 1e6:.1f} MB"
+        share = "–" if limit is None else f"{limit:.0%}"
+        lines.append(f"| {name} | {span} | {ratio} | {rate} | {memory} | {share} |")
     return "\n".join(lines) + "\n"
 
 
@@ -84,10 +84,9 @@ def _summary(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rate(entry: dict[str, Any], variant: dict[str, Any]) -> str:
-    if entry["unit"] == "bytes":
-        return f"{variant['bytes_per_second'] / 1e9:.1f} GB/s"
-    return f"{variant['images_per_second']:,.0f} images/s"
+def rate_text(unit: str, rate: float) -> str:
+    """A rate for people: GB/s of bytes, or images/s."""
+    return f"{rate / 1e9:.1f} GB/s" if unit == "bytes" else f"{rate:,.0f} images/s"
 
 
 def _time(value: float) -> str:
