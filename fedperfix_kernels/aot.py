@@ -104,7 +104,7 @@ def all_variants(target: str) -> Iterator[Variant]:
     from fedperfix_kernels.aggregation.variants import variants as aggregation_variants
     from fedperfix_kernels.attention.variants import variants as attention_variants
 
-    yield from attention_variants(amd=target.startswith("gfx"))
+    yield from attention_variants(target)
     yield from aggregation_variants()
 
 

@@ -1,4 +1,4 @@
-"""The Triton implementation as PyTorch operators, so that autograd, torch.compile and opcheck know it.
+"""The Triton implementation as PyTorch operators, so that autograd, torch.compile, vmap and opcheck know it.
 
 Two forward operators share one backward operator: `prefix_attention` takes q, k, v, p_k, p_v apart, and
 `packed_prefix_attention` takes the outputs of the two projections as they are, so that their gradients are
@@ -18,136 +18,122 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("fedperfix", "FRAGMENT")
+_OPTIONS = "Tensor gate, Tensor? bias, Tensor? key_mask, Tensor? prefix_index, str mode, float scale"
 _library.define(
-    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor gate, "
-    "str mode, float scale) -> (Tensor, Tensor)"
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)"
 )
+_library.define(f"packed_prefix_attention(Tensor qkv, Tensor prefix, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
-    "packed_prefix_attention(Tensor qkv, Tensor prefix, Tensor gate, str mode, float scale) -> (Tensor, Tensor)"
-)
-_library.define(
-    "prefix_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-    "Tensor gate, Tensor out, Tensor lse, str mode, float scale, bool need_prefix) -> (Tensor, Tensor, Tensor)"
+    "prefix_attention_backward(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
+    f"Tensor prefix_v, {_OPTIONS}, bool need_prefix, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, mode: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     from fedperfix_kernels.attention import triton_launch  # only here: triton may not be installed
 
-    return triton_launch.forward(q, k, v, prefix_k, prefix_v, gate, mode, scale)
+    return triton_launch.forward(triton_launch.Inputs(*inputs))
 
 
-def _packed_forward(qkv: Tensor, prefix: Tensor, gate: Tensor, mode: str, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(2), *prefix.unbind(2), gate, mode, scale)
+def _packed_forward(qkv: Tensor, prefix: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*qkv.unbind(2), *prefix.unbind(2), *options)
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mode: str,
-    scale: float,
-    need_prefix: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fedperfix_kernels.attention import triton_launch
 
+    *given, need_prefix, need_bias = inputs
     if dout.stride(-1) != 1:  # for example the expanded gradient of out.sum()
         dout = dout.contiguous()
-    return triton_launch.backward(dout, q, k, v, prefix_k, prefix_v, gate, out, lse, mode, scale, need_prefix)
+    return triton_launch.backward(dout, triton_launch.Inputs(*given), out, lse, need_prefix, need_bias)
 
 
-_library.impl("prefix_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("packed_prefix_attention", _packed_forward, "CompositeExplicitAutograd")
-_library.impl("prefix_attention_backward", _backward, "CompositeExplicitAutograd")
+for _name, _function in (
+    ("prefix_attention", _forward),
+    ("packed_prefix_attention", _packed_forward),
+    ("prefix_attention_backward", _backward),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-# Shapes and dtypes without data -----------------------------------------------------------------------------
+# Shapes without data ------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fedperfix::prefix_attention")
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, mode: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q, k, v, prefix_k, prefix_v, gate, bias, key_mask, prefix_index, mode, scale):
     batch, tokens, heads, _ = q.shape
     branches = 2 if mode == "gated" else 1
     return q.new_empty(q.shape), gate.new_empty((branches, batch, heads, tokens))
 
 
 @torch.library.register_fake("fedperfix::packed_prefix_attention")
-def _fake_packed_forward(
-    qkv: Tensor, prefix: Tensor, gate: Tensor, mode: str, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(*qkv.unbind(2), *prefix.unbind(2), gate, mode, scale)
+def _fake_packed_forward(qkv, prefix, *options):
+    return _fake_forward(*qkv.unbind(2), *prefix.unbind(2), *options)
 
 
 @torch.library.register_fake("fedperfix::prefix_attention_backward")
 def _fake_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mode: str,
-    scale: float,
-    need_prefix: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout,
+    out,
+    lse,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    gate,
+    bias,
+    key_mask,
+    prefix_index,
+    mode,
+    scale,
+    need_prefix,
+    need_bias,
+):
     batch, tokens, heads, head_dim = q.shape
-    prefix_shape = (prefix_k.shape[0], prefix_k.shape[1]) if need_prefix or mode == "additive" else (0, 0)
+    prefix_shape = prefix_k.shape[:2] if need_prefix else (0, 0)
     return (
         q.new_empty((batch, tokens, 3, heads, head_dim)),
         q.new_empty((*prefix_shape, 2, heads, head_dim)),
-        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape if need_prefix else (0,)),
+        gate.new_empty(bias.shape if need_bias else (0,)),
     )
 
 
-# Gradients --------------------------------------------------------------------------------------------------
+# Gradients ----------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, prefix_k, prefix_v, gate, ctx.mode, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, prefix, gate, ctx.mode, ctx.scale = inputs
-    ctx.save_for_backward(qkv, prefix, gate, *output)
+    *tensors, ctx.mode, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
-    q, k, v, prefix_k, prefix_v, gate, out, lse = ctx.saved_tensors
-    need_prefix = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    dqkv, dprefix, dgate = torch.ops.fedperfix.prefix_attention_backward(
-        dout, q, k, v, prefix_k, prefix_v, gate, out, lse, ctx.mode, ctx.scale, need_prefix
+        return (None,) * 11
+    out, lse, *tensors = ctx.saved_tensors
+    need_prefix, need_bias = any(ctx.needs_input_grad[3:6]), ctx.needs_input_grad[6]
+    dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
+        dout, out, lse, *tensors, ctx.mode, ctx.scale, need_prefix, need_bias
     )
-    dprefix_k, dprefix_v = dprefix.unbind(2) if need_prefix else (None, None)
-    return *dqkv.unbind(2), dprefix_k, dprefix_v, dgate, None, None
+    dprefix_k, dprefix_v, dgate = (*dprefix.unbind(2), dgate) if need_prefix else (None, None, None)
+    dbias = dbias.to(tensors[6].dtype) if need_bias else None
+    return *dqkv.unbind(2), dprefix_k, dprefix_v, dgate, dbias, None, None, None, None
 
 
 def _packed_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 5
-    qkv, prefix, gate, out, lse = ctx.saved_tensors
-    need_prefix = ctx.needs_input_grad[1]
-    dqkv, dprefix, dgate = torch.ops.fedperfix.prefix_attention_backward(
-        dout, *qkv.unbind(2), *prefix.unbind(2), gate, out, lse, ctx.mode, ctx.scale, need_prefix
+        return (None,) * 8
+    out, lse, qkv, prefix, *options = ctx.saved_tensors
+    need_prefix, need_bias = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]
+    dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
+        dout, out, lse, *qkv.unbind(2), *prefix.unbind(2), *options, ctx.mode, ctx.scale, need_prefix, need_bias
     )
-    return dqkv, dprefix if need_prefix else None, dgate, None, None
+    dprefix, dgate = (dprefix, dgate) if need_prefix else (None, None)
+    dbias = dbias.to(options[1].dtype) if need_bias else None
+    return dqkv, dprefix, dgate, dbias, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
@@ -159,6 +145,8 @@ def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
 
 class PrefixAttentionFunction(torch.autograd.Function):
     """`torch.ops.fedperfix.prefix_attention` for autograd and torch.func; returns (out, lse)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -172,17 +160,119 @@ class PrefixAttentionFunction(torch.autograd.Function):
 class PackedPrefixAttentionFunction(torch.autograd.Function):
     """`torch.ops.fedperfix.packed_prefix_attention` for autograd and torch.func; returns (out, lse)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return torch.ops.fedperfix.packed_prefix_attention(*inputs)
 
-    setup_context = staticmethod(_save_packed)
+    setup_context = staticmethod(_save)
     backward = staticmethod(once_differentiable(_packed_gradients))
 
 
 torch.library.register_autograd("fedperfix::prefix_attention", _gradients, setup_context=_save, lib=_library)
 torch.library.register_autograd(
-    "fedperfix::packed_prefix_attention", _packed_gradients, setup_context=_save_packed, lib=_library
+    "fedperfix::packed_prefix_attention", _packed_gradients, setup_context=_save, lib=_library
 )
 torch.library.register_autograd("fedperfix::prefix_attention_backward", _no_second_derivative, lib=_library)
+
+
+# vmap: the mapped dimension joins the batch -------------------------------------------------------------------
+
+
+class _Folding:
+    """Joins a mapped dimension of `size` V to the batch: image b of copy v becomes image b·V + v.
+
+    That order keeps `bias[b mod G]`: the copies of the biases are G·V, and (b·V + v) mod G·V = (b mod G)·V + v.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def join(self, x: Tensor | None, dim: int | None, at: int = 0) -> Tensor | None:
+        """[..., B·V, ...] from a tensor with (or, at None, without) the mapped dimension; B is dimension `at`."""
+        if x is None:
+            return None
+        x = x.unsqueeze(at + 1).expand(*x.shape[: at + 1], self.size, *x.shape[at + 1 :]) if dim is None else (
+            x.movedim(dim, at + 1)
+        )  # fmt: skip
+        return x.flatten(at, at + 1)
+
+    def part(self, x: Tensor, at: int = 0) -> Tensor:
+        """The inverse of `join`: the mapped dimension is `at` + 1 of the result."""
+        return x.unflatten(at, (x.shape[at] // self.size, self.size)) if x.numel() else x
+
+    def options(
+        self, batch: int, rows: int, values: tuple[Any, ...], dims: tuple[Any, ...], gate_per_copy: bool = False
+    ) -> list[Tensor | None]:
+        """gate, bias, key_mask, prefix_index of the joined batch.
+
+        Args:
+            batch, rows: B, and how many prefixes there are, both of one copy.
+            values, dims: the four as given, and their mapped dimensions.
+            gate_per_copy: give each copy a gate of its own even if all share one, as its gradient needs it.
+        """
+        gate, bias, key_mask, prefix_index = values
+        gate_dim, bias_dim, mask_dim, index_dim = dims
+        copies = torch.arange(self.size, device=gate.device)
+        if gate_per_copy and gate_dim is None:
+            gate, gate_dim = gate.expand(self.size, *gate.shape), 0
+        if prefix_index is not None:
+            prefix_index = self.join(prefix_index, index_dim) * self.size + copies.repeat(batch)
+        elif rows == 1 and batch > 1:
+            prefix_index = copies.repeat(batch)
+        elif gate_dim is not None:
+            prefix_index = torch.arange(batch * self.size, device=gate.device)
+        if gate_dim is not None:  # a row for each row of the prefix table
+            gate = gate.movedim(gate_dim, -2)  # [V, H] or [T, V, H]
+            gate = (gate.expand(rows, -1, -1) if gate.dim() == 2 else gate).flatten(0, 1)
+        elif gate.dim() == 2:
+            gate = self.join(gate, None)
+        joined = [gate, self.join(bias, bias_dim), self.join(key_mask, mask_dim), prefix_index]
+        return [None if x is None else x.contiguous() for x in joined]
+
+
+@torch.library.register_vmap("fedperfix::prefix_attention", lib=_library)
+def _vmap_forward(info, in_dims, q, k, v, prefix_k, prefix_v, *options):
+    folding = _Folding(info.batch_size)
+    tensors = [folding.join(x, dim) for x, dim in zip((q, k, v, prefix_k, prefix_v), in_dims[:5], strict=True)]
+    rows = tensors[3].shape[0] // info.batch_size
+    joined = folding.options(tensors[0].shape[0] // info.batch_size, rows, options[:4], in_dims[5:9])
+    out, lse = torch.ops.fedperfix.prefix_attention(*_readable(*tensors), *joined, *options[4:])
+    return (folding.part(out), folding.part(lse, 1)), (1, 2)
+
+
+@torch.library.register_vmap("fedperfix::packed_prefix_attention", lib=_library)
+def _vmap_packed(info, in_dims, qkv, prefix, *options):
+    folding = _Folding(info.batch_size)
+    qkv, prefix = folding.join(qkv, in_dims[0]), folding.join(prefix, in_dims[1])
+    rows = prefix.shape[0] // info.batch_size
+    joined = folding.options(qkv.shape[0] // info.batch_size, rows, options[:4], in_dims[2:6])
+    out, lse = torch.ops.fedperfix.packed_prefix_attention(*_readable(qkv, prefix), *joined, *options[4:])
+    return (folding.part(out), folding.part(lse, 1)), (1, 2)
+
+
+@torch.library.register_vmap("fedperfix::prefix_attention_backward", lib=_library)
+def _vmap_backward(info, in_dims, dout, out, lse, q, k, v, prefix_k, prefix_v, *options):
+    folding = _Folding(info.batch_size)
+    dout, out = folding.join(dout, in_dims[0]), folding.join(out, in_dims[1]).contiguous()
+    lse = folding.join(lse, in_dims[2], 1).contiguous()
+    tensors = [folding.join(x, dim) for x, dim in zip((q, k, v, prefix_k, prefix_v), in_dims[3:8], strict=True)]
+    rows = tensors[3].shape[0] // info.batch_size
+    batch, need_prefix = tensors[0].shape[0] // info.batch_size, options[6]
+    joined = folding.options(batch, rows, options[:4], in_dims[8:12], gate_per_copy=need_prefix)
+    dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
+        dout, out, lse, *_readable(*tensors), *joined, *options[4:]
+    )
+    one_gate = options[0].dim() - (in_dims[8] is not None) == 1
+    dgate = folding.part(dgate)
+    if need_prefix and one_gate:  # its rows were copies of one gate
+        dgate = dgate.sum(0)
+    gate_dim = 0 if one_gate else 1
+    dims = (1, 1 if need_prefix else None, gate_dim if need_prefix else None, 1 if options[7] else None)
+    return (folding.part(dqkv), folding.part(dprefix), dgate, folding.part(dbias)), dims
+
+
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -2,107 +2,153 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedperfix_kernels.attention import triton_kernels as kernels
 from fedperfix_kernels.attention.configs import (
+    BACKWARD_BIAS,
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
+    BACKWARD_WHOLE,
     FORWARD,
     HALF,
     IEEE,
     TF32,
+    WITH_OPTIONS,
     LaunchConfig,
+    architecture,
+    key_block,
     launch_config,
     padded_head_dim,
+    row_blocks,
 )
+from fedperfix_kernels.attention.kernels.forward import attention_forward
+from fedperfix_kernels.attention.kernels.split_backward import (
+    attention_backward_bias,
+    attention_backward_keys,
+    attention_backward_queries,
+)
+from fedperfix_kernels.attention.kernels.whole_backward import attention_backward_whole
 
-# Programs that share a prefix's gradient sum their images one after the other; this many (image groups × heads
-# × key blocks) fill a large GPU, and each group costs one float32 copy of the prefix.
+# Programs that share a prefix's (or a bias's) gradient sum their images one after the other; this many programs
+# fill a large GPU, and each group of images costs one float32 copy of that gradient.
 _TARGET_PROGRAMS = 1024
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, mode: str, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Prefix attention.
+@dataclass(frozen=True)
+class Inputs:
+    """What forward and backward read.
 
     Args:
-        q, k, v: [B, N, H, D]; prefix_k, prefix_v: [B or 1, L, H, D]; innermost stride 1.
-        gate: [H] float32 (float64 with float64 inputs).
+        q, k, v: [B, N, H, D], innermost stride 1.
+        prefix_k, prefix_v: [B, L, H, D], [1, L, H, D], or [T, L, H, D] with `prefix_index`; innermost stride 1.
+        gate: [H], or [T, H] with `prefix_index`; float32 (float64 with float64 inputs), contiguous.
+        bias: [G, H, N, N], the last two dimensions contiguous, or None.
+        key_mask: bool [B, N], contiguous, or None.
+        prefix_index: int32 or int64 [B], contiguous, or None.
         mode: `gated`, `concat` or `additive`.
         scale: factor of the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
+    gate: Tensor
+    bias: Tensor | None
+    key_mask: Tensor | None
+    prefix_index: Tensor | None
+    mode: str
+    scale: float
+
+    @property
+    def shared(self) -> bool:
+        """Whether one prefix serves the whole batch, without an index."""
+        return self.prefix_index is None and self.prefix_k.shape[0] == 1 and self.q.shape[0] > 1
+
+    @property
+    def prefix_len(self) -> int:
+        """L."""
+        return self.prefix_k.shape[1]
+
+    @property
+    def bias_groups(self) -> int:
+        """G; 1 without a bias."""
+        return 1 if self.bias is None else self.bias.shape[0]
+
+    def optional(self) -> tuple[Tensor, Tensor, Tensor]:
+        """bias, key_mask, prefix_index, with q standing in for what is not there (and is then not read)."""
+        return tuple(self.q if x is None else x for x in (self.bias, self.key_mask, self.prefix_index))
+
+    def strides(self) -> tuple[int, ...]:
+        """Those of q, k, v, p_k, p_v, then of the gate (client) and the bias (group, head)."""
+        gate = self.gate.stride(0) if self.gate.dim() == 2 and self.gate.shape[0] > 1 else 0
+        bias = (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1))
+        tensors = (self.q, self.k, self.v, self.prefix_k, self.prefix_v)
+        return (*(s for x in tensors for s in _strides(x)), gate, *bias)
+
+    def features(self) -> dict[str, bool]:
+        """The kernels' flags for what is there."""
+        return {
+            "BIAS": self.bias is not None,
+            "MASK": self.key_mask is not None,
+            "INDEXED": self.prefix_index is not None,
+        }
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Prefix attention.
 
     Returns:
         out [B, N, H, D] contiguous, and the base-2 log-sum-exps [branches, B, H, N]: base and prefix in
         `gated`, one joint row otherwise.
     """
+    q = inputs.q
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((branches(mode), batch, heads, tokens), dtype=gate.dtype, device=q.device)
-    config = _config(FORWARD, q)
+    lse = torch.empty((branches(inputs.mode), batch, heads, tokens), dtype=inputs.gate.dtype, device=q.device)
+    config = _config(FORWARD, inputs)
     with torch.cuda.device_of(q):
-        kernels.attention_forward[batch * heads, triton.cdiv(tokens, config.block_m)](
-            q, k, v, prefix_k, prefix_v, gate, out, lse,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(prefix_k), *_strides(prefix_v),
-            heads, tokens, prefix_k.shape[1], scale,
-            MODE=mode, **_constants(q, config),
+        attention_forward[batch * heads, triton.cdiv(tokens, config.block_m)](
+            q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, *inputs.optional(), out, lse,
+            *inputs.strides(), heads, tokens, inputs.prefix_len, inputs.bias_groups, inputs.scale,
+            MODE=inputs.mode, **inputs.features(), **_key_blocks(inputs, config),
+            **_constants(q, config), BLOCK_N=config.block_n,
         )  # fmt: skip
     return out, lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mode: str,
-    scale: float,
-    need_prefix: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, need_prefix: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of prefix attention.
 
     Args:
         dout: [B, N, H, D], innermost stride 1.
-        q, k, v, prefix_k, prefix_v, gate, mode, scale: as given to `forward`.
+        inputs: as given to `forward`.
         out, lse: as returned by `forward`.
-        need_prefix: False leaves out the prefix pair's gradient (its tensor is then empty).
+        need_prefix: False leaves out the gradients of the prefix pair and the gate (their tensors are then empty).
+        need_bias: whether to compute the bias's gradient (else its tensor is empty).
 
     Returns:
-        dqkv [B, N, 3, H, D], dprefix [B or 1, L, 2, H, D], dgate [H].
+        dqkv [B, N, 3, H, D], dprefix [B, 1 or T, L, 2, H, D], dgate as the gate, dbias [G, H, N, N] float32.
     """
+    q = inputs.q
     batch, tokens, heads, head_dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, head_dim), dtype=q.dtype, device=q.device)
-    dq, dk, dv = dqkv.unbind(2)
-    delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        dgate = _launch_queries(dout, q, k, v, prefix_k, prefix_v, gate, out, lse, delta, dq, mode, scale)
-        if mode == "additive":
-            shared = prefix_k.shape[0] == 1 and batch > 1
-            dprefix = _empty_prefix(q, batch, prefix_k.shape[1], gate.dtype if shared else q.dtype)
-            dgate = _launch_keys(
-                dout, q, k, v, prefix_k, prefix_v, gate, lse[0], delta[0], dk, dv, dprefix, mode, scale,
-                add=True,
-            )  # fmt: skip
-            if shared:
-                dprefix = dprefix.sum(0, keepdim=True).to(q.dtype)
+        config = _config(BACKWARD_WHOLE, inputs)
+        if config is not None and need_prefix and not any(inputs.features().values()):
+            dprefix, dgate = _whole(dout, inputs, out, lse, dqkv, config)
+            dbias = inputs.gate.new_empty(0)
         else:
-            _launch_keys(
-                dout, q, k, v, prefix_k, prefix_v, gate, lse[0], delta[0], dk, dv, None, mode, scale
-            )  # fmt: skip
-            if need_prefix:
-                dprefix = _prefix_gradient(dout, q, prefix_k, prefix_v, gate, lse, delta, mode, scale)
-            else:
-                dprefix = q.new_empty((0, 0, 2, heads, head_dim))
-    return dqkv, dprefix, dgate.sum((0, 2)).to(gate.dtype)
+            dprefix, dgate, dbias = _split(dout, inputs, out, lse, dqkv, need_prefix, need_bias)
+    return dqkv, dprefix, dgate, dbias
 
 
 def branches(mode: str) -> int:
@@ -110,109 +156,199 @@ def branches(mode: str) -> int:
     return 2 if mode == "gated" else 1
 
 
-def _prefix_gradient(
-    dout: Tensor,
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    mode: str,
-    scale: float,
-) -> Tensor:
-    """[B or 1, L, 2, H, D]; a prefix shared by the batch is summed in two stages of fixed order."""
+def _whole(
+    dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, dqkv: Tensor, config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """One kernel for everything; a shared prefix's gradient is summed over the images afterwards."""
+    q = inputs.q
+    batch, tokens, heads, _ = q.shape
+    dprefix = _empty_prefix(inputs, batch)
+    dgate = torch.empty((batch, heads), dtype=inputs.gate.dtype, device=q.device)
+    width = padded_head_dim(q.shape[3])
+    two_branches = inputs.mode != "additive" and inputs.prefix_len > 0
+    partial = torch.empty(batch * heads * tokens * width if two_branches else 0, dtype=lse.dtype, device=q.device)
+    attention_backward_whole[(batch * heads,)](
+        q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, out, dout, lse,
+        *dqkv.unbind(2), *dprefix.unbind(2), dgate, partial,
+        *inputs.strides()[:15], *_strides(dout), *dqkv.stride()[:2], dqkv.stride(3),
+        *dprefix.stride()[:2], dprefix.stride(3),
+        heads, tokens, inputs.prefix_len, inputs.scale,
+        MODE=inputs.mode, BLOCK_N=key_block(tokens), BLOCK_L=key_block(inputs.prefix_len) if two_branches else 0,
+        **_query_blocks(tokens, config), **_constants(q, config),
+    )  # fmt: skip
+    if inputs.shared:
+        dprefix = dprefix.sum(0, keepdim=True).to(q.dtype)
+    return dprefix, dgate.sum(0)
+
+
+def _split(
+    dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, dqkv: Tensor, need_prefix: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dprefix, dgate, dbias; dqkv is written."""
+    q, gate = inputs.q, inputs.gate
+    batch, _, heads, head_dim = q.shape
+    dq, dk, dv = dqkv.unbind(2)
+    delta = torch.empty_like(lse)
+    _launch_queries(dout, inputs, out, lse, delta, dq)
+    dprefix, dgate = q.new_empty((0, 0, 2, heads, head_dim)), gate.new_empty(0)
+    if inputs.mode == "additive":
+        per_image = _empty_prefix(inputs, batch)
+        partial_gate = _launch_keys(dout, inputs, lse[0], delta[0], dk, dv, "additive", dprefix=per_image)
+        if need_prefix:
+            dprefix = _of_prefix(inputs, per_image).to(q.dtype)
+            dgate = _of_gate(inputs, partial_gate.sum(2))
+    else:
+        _launch_keys(dout, inputs, lse[0], delta[0], dk, dv, "base")
+        if need_prefix:
+            dprefix, dgate = _prefix_gradient(dout, inputs, lse, delta)
+    dbias = _bias_gradient(dout, inputs, lse, delta) if need_bias else gate.new_empty(0)
+    return dprefix, dgate, dbias
+
+
+def _prefix_gradient(dout: Tensor, inputs: Inputs, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dprefix [B, 1 or T, L, 2, H, D] and dgate; a shared prefix is summed in two stages of fixed order."""
+    q = inputs.q
     batch, _, heads, _ = q.shape
-    prefix_len = prefix_k.shape[1]
-    shared = prefix_k.shape[0] == 1 and batch > 1
+    config = _config(BACKWARD_KEYS, inputs)
     per_program = 1
-    if shared:
-        config = _config(BACKWARD_KEYS, q)
-        programs = heads * max(1, triton.cdiv(prefix_len, config.block_n))
+    if inputs.shared:
+        programs = heads * max(1, triton.cdiv(inputs.prefix_len, config.block_n))
         per_program = triton.cdiv(batch, max(1, min(batch, _TARGET_PROGRAMS // programs)))
-    parts = triton.cdiv(batch, per_program)
-    dprefix = _empty_prefix(q, parts, prefix_len, gate.dtype if shared else q.dtype)
-    dprefix_k, dprefix_v = dprefix.unbind(2)
-    _launch_keys(
-        dout, q, prefix_k, prefix_v, prefix_k, prefix_v, gate, lse[-1], delta[-1], dprefix_k, dprefix_v, None,
-        mode, scale, score_gate=mode == "concat", value_gate=True, batch_per_program=per_program,
-    )  # fmt: skip
-    return dprefix.sum(0, keepdim=True).to(q.dtype) if shared else dprefix
+    groups = inputs.prefix_k.shape[0] if inputs.prefix_index is not None else triton.cdiv(batch, per_program)
+    dprefix = _empty_prefix(inputs, groups)
+    # The keys of this launch are the prefix's; they have neither bias nor mask.
+    prefix = replace(inputs, k=inputs.prefix_k, v=inputs.prefix_v, bias=None, key_mask=None)
+    dgate = _launch_keys(
+        dout, prefix, lse[-1], delta[-1], *dprefix.unbind(2), inputs.mode, batch_per_program=per_program
+    )
+    dgate = dgate.sum(2)  # [groups, H]
+    if inputs.gate.dim() == 1:
+        dgate = dgate.sum(0)
+    return (dprefix.sum(0, keepdim=True).to(q.dtype) if inputs.shared else dprefix), dgate
 
 
-def _launch_queries(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    mode: str,
-    scale: float,
-) -> Tensor:
-    """Write dq and delta; return the gate's partial sums [B, H, blocks] (not written in `additive`)."""
-    batch, tokens, heads, _head_dim = q.shape
-    config = _config(BACKWARD_QUERIES, q)
-    blocks = triton.cdiv(tokens, config.block_m)
-    dgate = torch.empty((batch, heads, blocks), dtype=gate.dtype, device=q.device)
-    kernels.attention_backward_queries[batch * heads, blocks](
-        q, k, v, prefix_k, prefix_v, gate, out, dout, lse, dq, delta, dgate,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(prefix_k), *_strides(prefix_v),
-        *_strides(dout), *_strides(dq),
-        heads, tokens, prefix_k.shape[1], scale,
-        MODE=mode, **_constants(q, config),
+def _of_prefix(inputs: Inputs, per_image: Tensor) -> Tensor:
+    """The gradient of the prefix as it was given, from one gradient per image."""
+    if inputs.prefix_index is not None:
+        return _sum_by_client(inputs, per_image)
+    return per_image.sum(0, keepdim=True) if inputs.shared else per_image
+
+
+def _of_gate(inputs: Inputs, per_image: Tensor) -> Tensor:
+    """The gradient of the gate as it was given, from [B, H]."""
+    return _sum_by_client(inputs, per_image) if inputs.gate.dim() == 2 else per_image.sum(0)
+
+
+def _sum_by_client(inputs: Inputs, per_image: Tensor) -> Tensor:
+    """[T, ...] from [B, ...] as a product with the one-hot index: a fixed order, unlike index_add on a GPU."""
+    clients = torch.arange(inputs.prefix_k.shape[0], device=per_image.device)
+    chosen = (clients[:, None] == inputs.prefix_index[None, :]).to(per_image.dtype)
+    return (chosen @ per_image.flatten(1)).view(len(clients), *per_image.shape[1:])
+
+
+def _launch_queries(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+    """Write dq and delta."""
+    batch, tokens, heads, _ = inputs.q.shape
+    config = _config(BACKWARD_QUERIES, inputs)
+    attention_backward_queries[batch * heads, triton.cdiv(tokens, config.block_m)](
+        inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, *inputs.optional(),
+        out, dout, lse, dq, delta,
+        *inputs.strides(), *_strides(dout), *_strides(dq),
+        heads, tokens, inputs.prefix_len, inputs.bias_groups, inputs.scale,
+        MODE=inputs.mode, **inputs.features(), **_key_blocks(inputs, config),
+        **_constants(inputs.q, config), BLOCK_N=config.block_n,
     )  # fmt: skip
-    return dgate
 
 
 def _launch_keys(
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    gate: Tensor,
+    inputs: Inputs,
     lse: Tensor,
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
-    dprefix: Tensor | None,
-    mode: str,
-    scale: float,
+    branch: str,
     *,
-    add: bool = False,
-    score_gate: bool = False,
-    value_gate: bool = False,
+    dprefix: Tensor | None = None,
     batch_per_program: int = 1,
 ) -> Tensor:
-    """Write dk, dv (and dprefix with `add`); return the gate's partial sums [B, H, blocks] (only with `add`)."""
-    batch, tokens, heads, _head_dim = q.shape
-    length = k.shape[1]
-    config = _config(BACKWARD_KEYS, q)
+    """Write dk, dv (and dprefix in `additive`); return the gate's partial sums [groups, H, blocks]."""
+    q = inputs.q
+    batch, tokens, heads, _ = q.shape
+    length = inputs.k.shape[1]
+    config = _config(BACKWARD_KEYS, inputs)
     blocks = triton.cdiv(length, config.block_n)
-    parts = triton.cdiv(batch, batch_per_program)
-    dgate = torch.empty((parts, heads, blocks), dtype=gate.dtype, device=q.device)
+    by_client = inputs.prefix_index is not None and branch in ("gated", "concat")
+    groups = inputs.k.shape[0] if by_client else triton.cdiv(batch, batch_per_program)
+    order = bounds = q  # not read
+    strides = inputs.strides()
+    if by_client:
+        order, bounds = _images_by_client(inputs.prefix_index, groups)
+    elif inputs.prefix_index is not None and branch == "additive":
+        inputs = _gathered(inputs)
+        strides = inputs.strides()
+    elif inputs.prefix_index is not None:
+        strides = (*strides[:15], 0, *strides[16:])  # `base` has no gate: do not look one up by image
+    dgate = torch.empty((groups, heads, blocks), dtype=inputs.gate.dtype, device=q.device)
     if blocks == 0:  # an empty prefix: nothing to write
         return dgate
     dprefix_k, dprefix_v = (dk, dv) if dprefix is None else dprefix.unbind(2)
-    kernels.attention_backward_keys[parts * heads, blocks](
-        q, k, v, prefix_k, prefix_v, gate, dout, lse, delta, dk, dv, dprefix_k, dprefix_v, dgate,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(prefix_k), *_strides(prefix_v),
-        *_strides(dout), *_strides(dk), *_strides(dprefix_k),
-        batch, batch_per_program, heads, tokens, length, scale,
-        ADD=add, SCORE_GATE=score_gate, VALUE_GATE=value_gate, **_constants(q, config),
+    bias, key_mask, _ = inputs.optional()
+    attention_backward_keys[groups * heads, blocks](
+        q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, bias, key_mask, order, bounds,
+        dout, lse, delta, dk, dv, dprefix_k, dprefix_v, dgate,
+        *strides, *_strides(dout), *_strides(dk), *_strides(dprefix_k),
+        batch, batch_per_program, heads, tokens, length, inputs.bias_groups, inputs.scale,
+        BRANCH=branch, BIAS=inputs.bias is not None, MASK=inputs.key_mask is not None, INDEXED=by_client,
+        **_query_blocks(tokens, config), **_constants(q, config), BLOCK_N=config.block_n,
     )  # fmt: skip
     return dgate
 
 
-def _empty_prefix(q: Tensor, parts: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((parts, prefix_len, 2, q.shape[2], q.shape[3]), dtype=dtype, device=q.device)
+def _bias_gradient(dout: Tensor, inputs: Inputs, lse: Tensor, delta: Tensor) -> Tensor:
+    """[G, H, N, N] in the accumulation type, summed over images in two stages of fixed order."""
+    batch, tokens, heads, _ = inputs.q.shape
+    config = _config(BACKWARD_BIAS, inputs)
+    groups = inputs.bias_groups
+    images = batch // groups
+    blocks = triton.cdiv(tokens, config.block_m), triton.cdiv(tokens, config.block_n)
+    programs = groups * heads * blocks[0] * blocks[1]
+    per_program = triton.cdiv(images, max(1, min(images, _TARGET_PROGRAMS // programs)))
+    parts = triton.cdiv(images, per_program)
+    dbias = torch.empty((parts, groups, heads, tokens, tokens), dtype=lse.dtype, device=lse.device)
+    features = inputs.features()
+    features.pop("BIAS")
+    attention_backward_bias[parts * groups * heads, blocks[0], blocks[1]](
+        inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, *inputs.optional(),
+        dout, lse[0], delta[0], dbias,
+        *inputs.strides(), *_strides(dout),
+        images, per_program, heads, tokens, groups, inputs.scale,
+        ADD=inputs.mode == "additive", **features, **_constants(inputs.q, config), BLOCK_N=config.block_n,
+    )  # fmt: skip
+    return dbias.sum(0)
+
+
+def _images_by_client(prefix_index: Tensor, clients: int) -> tuple[Tensor, Tensor]:
+    """(order [B], bounds [T + 1]): client t's images are order[bounds[t]:bounds[t + 1]], in ascending order."""
+    ordered, order = torch.sort(prefix_index, stable=True)
+    every = torch.arange(clients + 1, device=prefix_index.device, dtype=prefix_index.dtype)
+    return order, torch.searchsorted(ordered, every)
+
+
+def _gathered(inputs: Inputs) -> Inputs:
+    """The same with a prefix (and gate) of each image's own, for the kernel that has no use for an index."""
+    index = inputs.prefix_index.long()
+    gate = inputs.gate[index] if inputs.gate.dim() == 2 else inputs.gate
+    pair = inputs.prefix_k[index], inputs.prefix_v[index]
+    return replace(inputs, prefix_k=pair[0], prefix_v=pair[1], gate=gate, prefix_index=None)
+
+
+def _empty_prefix(inputs: Inputs, groups: int) -> Tensor:
+    """[groups, L, 2, H, D] to write gradients into; float32 where they are summed afterwards."""
+    q = inputs.q
+    summed = inputs.shared or (inputs.prefix_index is not None and inputs.mode == "additive")
+    dtype = inputs.gate.dtype if summed else q.dtype
+    return torch.empty((groups, inputs.prefix_len, 2, q.shape[2], q.shape[3]), dtype=dtype, device=q.device)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -220,15 +356,32 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return (0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
-def _config(kernel: str, q: Tensor) -> LaunchConfig:
-    return launch_config(kernel, _products(q), q.shape[3], amd=torch.version.hip is not None)
+def _key_blocks(inputs: Inputs, config: LaunchConfig) -> dict[str, int]:
+    """How the kernels that loop over keys walk those of the two branches."""
+    loop, tail = row_blocks(inputs.q.shape[1], config.block_n, config.tails)
+    prefix_loop, prefix_tail = row_blocks(inputs.prefix_len, config.block_n, config.tails)
+    return {"LOOP": loop, "TAIL": tail, "PREFIX_LOOP": prefix_loop, "PREFIX_TAIL": prefix_tail}
+
+
+def _query_blocks(tokens: int, config: LaunchConfig) -> dict[str, int]:
+    """The same for the kernels that loop over queries."""
+    loop, tail = row_blocks(tokens, config.block_m, config.tails)
+    return {"LOOP": loop, "TAIL": tail}
+
+
+def _config(kernel: str, inputs: Inputs) -> LaunchConfig | None:
+    q = inputs.q
+    options = inputs.bias is not None or inputs.key_mask is not None
+    if options and kernel in (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS):
+        kernel += WITH_OPTIONS
+    longest = max(q.shape[1], inputs.prefix_len)
+    return launch_config(kernel, _products(q), q.shape[3], longest, architecture(q.device))
 
 
 def _constants(q: Tensor, config: LaunchConfig) -> dict[str, object]:
     return {
         "D": q.shape[3],
         "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "BLOCK_D": padded_head_dim(q.shape[3]),
         "PRECISION": "tf32" if _products(q) == TF32 else "ieee",
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
