@@ -153,8 +153,15 @@ def test_opcheck(device: torch.device) -> None:
     shares = torch.full((3, 1), 1 / 3, device=device)
     ops = torch.ops.fedperfix
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.aggregate_rows, (uploads, shares, None, out), test_utils=tests)
-    per_layer = (uploads, shares.expand(3, 2).contiguous(), layout.block_layer(device), out)
+    torch.library.opcheck(ops.aggregate_rows, (uploads, shares, None, None, out, None), test_utils=tests)
+    per_layer = (
+        uploads,
+        shares.expand(3, 2).contiguous(),
+        layout.block_layer(device),
+        None,
+        out,
+        torch.zeros(3, dtype=torch.bool, device=device),
+    )
     torch.library.opcheck(ops.aggregate_rows, per_layer, test_utils=tests)
 
 
