@@ -216,6 +216,22 @@ def gram(
     tl.store(partial_ptr + o_gram, b_gram, mask=m_k[:, None] & m_k[None, :])
 
 
+@triton.jit
+def _normal(seed, o_p):
+    """Standard normal noise that depends on (seed, p) alone: Philox and the Box-Muller transform.
+
+    cos 2πu = 2 sin² π(u − ½) − 1, the sine by its series up to x¹¹ (error below 6e-8): the library's cosine takes
+    arguments of any size, and stack memory for that.
+    """
+    b_u, b_v, _, _ = tl.rand4x(seed, o_p)
+    b_x = 3.141592653589793 * (b_v - 0.5)
+    b_y = b_x * b_x
+    b_sine = 1 / 362880 - b_y / 39916800
+    b_sine = 1 / 120 - b_y * (1 / 5040 - b_y * b_sine)
+    b_sine = b_x * (1 - b_y * (1 / 6 - b_y * b_sine))
+    return tl.sqrt(-2 * tl.log(tl.maximum(b_u, 1e-10))) * (2 * b_sine * b_sine - 1)
+
+
 @triton.jit(do_not_specialize=["clients", "numel", "seed"])
 def shifted_mean(
     uploads_ptr, center_ptr, shares_ptr, out_ptr, row_stride, clients, numel, std, seed: tl.int64,
@@ -239,7 +255,7 @@ def shifted_mean(
             b_sum += tl.where(m_client, share * (b_x - b_c), 0.0)
     b_out = b_c + b_sum
     if NOISE:
-        b_out += std * tl.randn(seed, o_p)
+        b_out += std * _normal(seed, o_p)
     tl.store(out_ptr + o_p, b_out.to(out_ptr.dtype.element_ty), mask=m_p)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedperfix_kernels import BlockLayout, aggregate
+from fedperfix_kernels.aggregation import composed
 from fedperfix_kernels.arena import BLOCK
 
 BACKENDS = ("triton", "torch", "reference")
@@ -48,18 +49,18 @@ def test_a_weight_of_zero_hides_nothing(value: float, dtype: torch.dtype, backen
         assert nonfinite.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_finite_uploads_whose_sum_overflows_are_not_named(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("aggregate_rows", [torch.ops.fedperfix.aggregate_rows, composed.aggregate_rows])
+def test_finite_uploads_whose_sum_overflows_are_not_named(aggregate_rows, device: torch.device) -> None:
+    """Shares that sum to 1 hardly overflow, so these sum to 4."""
     uploads = torch.full((4, BLOCK + 5), 3e38, device=device)
-    nonfinite = flags(4, device)
-    # Float32 shares of a third add up to slightly more than 1: pushed over the largest float32 by 3.4028e38.
-    uploads.fill_(torch.finfo(torch.float32).max)
-    mean = aggregate(uploads, [1, 1, 1, 3], nonfinite=nonfinite, backend=backend)
-    assert nonfinite.tolist() == [False] * 4
+    out, nonfinite = torch.empty(BLOCK + 5, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    shares = torch.ones(4, 1, device=device)
+    aggregate_rows(uploads, shares, None, None, out, nonfinite)
+    assert out.isinf().all()
+    assert not nonfinite.any()
     uploads[2, BLOCK] = torch.nan
-    aggregate(uploads, [1, 1, 1, 3], nonfinite=nonfinite, backend=backend)
+    aggregate_rows(uploads, shares, None, None, out, nonfinite)
     assert nonfinite.tolist() == [False, False, True, False]
-    assert mean.shape == (BLOCK + 5,)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,7 +89,11 @@ def test_state_dicts(backend: str, device: torch.device) -> None:
 GOOD = torch.zeros(2, 5)
 ERRORS = [
     (torch.zeros(2), ValueError, "nonfinite: got shape (2,), torch.float32"),
-    (torch.zeros(3, dtype=torch.bool), ValueError, "nonfinite: got shape (3,), torch.bool, cpu, takes a contiguous"),
+    (
+        torch.zeros(3, dtype=torch.bool),
+        ValueError,
+        "nonfinite: got shape (3,), torch.bool, cpu, takes",
+    ),
     (torch.zeros(4, dtype=torch.bool)[::2], ValueError, "nonfinite: got shape (2,)"),
     ([False, False], TypeError, "nonfinite: got a list, takes a torch.Tensor"),
 ]
