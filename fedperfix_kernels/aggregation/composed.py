@@ -16,7 +16,7 @@ from fedperfix_kernels.aggregation.network import comparators, leading_to
 from fedperfix_kernels.arena import BLOCK
 
 _TILE = 1 << 18  # elements of a tile over all clients: 1 MiB of float32, within a core's cache
-_BAGS = 256  # blocks per call of embedding_bag, whose tables then stay in cache
+_BAGS = 2048  # blocks per call of embedding_bag: few calls, and 4 MiB of results
 
 
 def aggregate_rows(

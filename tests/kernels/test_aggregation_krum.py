@@ -46,7 +46,7 @@ def test_against_a_double_loop(clients, numel, byzantine, select, dtype, backend
     assert (mean.dtype, mean.shape, chosen.dtype, chosen.shape) == (dtype, (numel,), torch.int64, (select,))
     scores, indices = scores_of(uploads, byzantine), chosen.tolist()
     assert len(set(indices)) == select
-    # In order of their scores, none left out better than a chosen one; where float32 sees no difference they may swap.
+    # In order of their scores, none left out better than a chosen one, as far as float32 tells them apart.
     allowed = 1e-5 * scores.max() + 1e-12
     assert (np.diff(scores[indices]) >= -allowed).all()
     assert scores[indices].max() <= np.delete(scores, indices).min(initial=np.inf) + allowed
