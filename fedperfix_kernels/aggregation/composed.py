@@ -41,7 +41,7 @@ def aggregate_rows(
         torch.mv(uploads.T, shares[:, 0], out=out)
     elif scales is None and _is_table(uploads):
         whole = uploads.shape[1] // BLOCK * BLOCK
-        _sum_in_bags(uploads[:, :whole], _block_shares(shares, block_layer, whole // BLOCK), out[:whole])
+        _sum_in_bags(uploads[:, :whole], shares, block_layer, out[:whole])
         _sum_in_tiles(uploads[:, whole:], shares[:, :1].T, out[whole:])
     else:
         per_block = _block_shares(shares, block_layer, -(-uploads.shape[1] // BLOCK))
@@ -186,8 +186,8 @@ def _is_table(uploads: Tensor) -> bool:
     return half and uploads.device.type == "cpu" and (len(uploads) == 1 or uploads.stride(0) % BLOCK == 0)
 
 
-def _sum_in_bags(uploads: Tensor, shares: Tensor, out: Tensor) -> None:
-    """out [P] = Σ_k shares[block(p), k] · uploads[k, p] in float32, without raising the uploads in memory.
+def _sum_in_bags(uploads: Tensor, shares: Tensor, block_layer: Tensor | None, out: Tensor) -> None:
+    """out [P] = Σ_k share[k, layer(p)] · uploads[k, p] in float32, without raising the uploads in memory.
 
     `embedding_bag` sums table rows times weights of the table's own type, in float32. A share is therefore given as
     three weights of that type whose sum is the share to float32's precision (2^-25 absolute in float16).
@@ -195,15 +195,21 @@ def _sum_in_bags(uploads: Tensor, shares: Tensor, out: Tensor) -> None:
     clients, numel = uploads.shape
     blocks, row_blocks = numel // BLOCK, uploads.stride(0) // BLOCK if clients > 1 else 0
     table = uploads.as_strided(((clients - 1) * row_blocks + blocks, BLOCK), (BLOCK, 1))
-    parts = 3
-    rows = torch.arange(clients, dtype=torch.int32) * row_blocks
-    rows = (torch.arange(_BAGS, dtype=torch.int32)[:, None, None] + rows[:, None]).expand(-1, -1, parts).flatten(1)
+    parts = _parts(shares.T, uploads.dtype, 3)  # [layers, K, 3]
+    bags = min(_BAGS, blocks)
+    rows = torch.arange(bags, dtype=torch.int32)[:, None] + torch.arange(clients, dtype=torch.int32) * row_blocks
+    rows = rows.flatten().repeat_interleave(
+        parts.shape[2]
+    )  # of `bags` bags, each with the clients' rows of a block
+    offsets = torch.arange(bags, dtype=torch.int32) * parts[0].numel()
+    weights = parts.expand(bags, -1, -1).flatten() if block_layer is None else None
     for first in range(0, blocks, _BAGS):
         count = min(_BAGS, blocks - first)
-        weights = _parts(shares[first : first + count], uploads.dtype, parts)
-        offsets = torch.arange(0, weights.numel(), clients * parts, dtype=torch.int32)
+        if block_layer is not None:
+            weights = parts[block_layer[first : first + count]].flatten()
+        used = count * parts[0].numel()
         sums = F.embedding_bag(
-            rows[:count].flatten(), table[first:], offsets, mode="sum", per_sample_weights=weights.flatten()
+            rows[:used], table[first:], offsets[:count], mode="sum", per_sample_weights=weights[:used]
         )
         out[first * BLOCK : (first + count) * BLOCK] = sums.view(-1)
 
