@@ -199,9 +199,7 @@ def _sum_in_bags(uploads: Tensor, shares: Tensor, block_layer: Tensor | None, ou
     parts = _parts(shares.T, uploads.dtype)  # [layers, K, 2]
     bags = min(_BAGS, blocks)
     rows = torch.arange(bags, dtype=torch.int32)[:, None] + torch.arange(clients, dtype=torch.int32) * row_blocks
-    rows = rows.flatten().repeat_interleave(
-        parts.shape[2]
-    )  # of `bags` bags, each with the clients' rows of a block
+    rows = rows.flatten().repeat_interleave(2)  # a bag per block: every client's row twice
     offsets = torch.arange(bags, dtype=torch.int32) * parts[0].numel()
     weights = parts.expand(bags, -1, -1).flatten() if block_layer is None else None
     for first in range(0, blocks, _BAGS):
