@@ -8,10 +8,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedperfix_kernels import ParameterArena, PrefixAttention, aggregate, apply_prefix, prefix_attention
+    from fedperfix_kernels import (
+        ParameterArena,
+        PrefixAttention,
+        Quantized,
+        aggregate,
+        apply_prefix,
+        clipped_mean,
+        krum,
+        median,
+        noisy_mean,
+        prefix_attention,
+        quantize,
+        trimmed_mean,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["ParameterArena", "PrefixAttention", "__version__", "aggregate", "apply_prefix", "prefix_attention"]
+__all__ = [
+    "ParameterArena",
+    "PrefixAttention",
+    "Quantized",
+    "__version__",
+    "aggregate",
+    "apply_prefix",
+    "clipped_mean",
+    "krum",
+    "median",
+    "noisy_mean",
+    "prefix_attention",
+    "quantize",
+    "trimmed_mean",
+]
 
 
 def __getattr__(name: str) -> object:

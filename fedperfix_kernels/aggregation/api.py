@@ -1,4 +1,4 @@
-"""The public function of aggregation: check, normalise the weights, choose an implementation."""
+"""The weighted mean: check, normalise the weights, choose an implementation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from torch import Tensor
 
 from fedperfix_kernels.aggregation import composed, reference
 from fedperfix_kernels.aggregation import op as _registered  # noqa: F401  (defines torch.ops.fedperfix.*)
+from fedperfix_kernels.aggregation.inputs import (
+    DTYPES,
+    check_rows,
+    checked_out,
+    checked_weights,
+    refuse_float64_on_gpu,
+    shares_of,
+)
+from fedperfix_kernels.aggregation.quantized import RESULTS as QUANTIZED_RESULTS
+from fedperfix_kernels.aggregation.quantized import Quantized, check_quantized
 from fedperfix_kernels.arena import BlockLayout
 from fedperfix_kernels.backends import resolve
 from fedperfix_kernels.checks import check_tensor, describe, message
 
 StateDict = Mapping[str, Tensor]
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @torch.no_grad()
 def aggregate(
-    uploads: Tensor | Sequence[StateDict],
+    uploads: Tensor | Quantized | Sequence[StateDict],
     weights: Tensor | Sequence[float] | Sequence[Sequence[float]],
     *,
     layout: BlockLayout | None = None,
     out: Tensor | StateDict | None = None,
+    nonfinite: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Weighted mean of K clients' parameters, per layer, in one launch (McMahan et al., AISTATS 2017).
@@ -32,13 +42,16 @@ def aggregate(
     the uploads' size is allocated, and the same input gives the same bits. It is not differentiable.
 
     Args:
-        uploads: [K, P], innermost stride 1 (rows may be longer than P), or K state dicts with the same names,
-            shapes and dtypes.
+        uploads: [K, P], innermost stride 1 (rows may be longer than P); or `Quantized.stack` of K uploads; or K
+            state dicts with the same names, shapes and dtypes.
         weights: [K], or [K, layers] for one weight per client and layer: the layers are `layout`'s tensors, or the
             state dicts' entries in the first one's order. Non-negative and finite, each layer's sum above 0.
             They are read on the host: a tensor on a GPU is copied, which waits for it.
         layout: where the layers lie in P (`ParameterArena.shared_layout`); needed for [K, layers].
         out: [P], or a state dict of contiguous tensors, to write into; it may not overlap the uploads.
+            Quantized uploads give float32, or the dtype of `out` (float32, float16 or bfloat16).
+        nonfinite: bool [K], overwritten: whether each upload holds NaN or Inf, found in the same pass. The mean is
+            then not finite; a mean of finite uploads that overflows float32 names no client.
         backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
 
     Returns:
@@ -47,116 +60,107 @@ def aggregate(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
+    if isinstance(uploads, Quantized):
+        check_quantized(uploads)
+        return _aggregate_rows(uploads.values, uploads.scales, weights, layout, out, nonfinite, backend)
     if isinstance(uploads, Tensor):
-        return _aggregate_rows(uploads, weights, layout, out, backend)
+        check_rows("uploads", uploads)
+        return _aggregate_rows(uploads, None, weights, layout, out, nonfinite, backend)
     if isinstance(uploads, Sequence) and uploads and all(isinstance(x, Mapping) for x in uploads):
-        return _aggregate_state_dicts(uploads, weights, out, backend)
+        return _aggregate_state_dicts(uploads, weights, out, nonfinite, backend)
     got = f"a {type(uploads).__name__}"
-    raise TypeError(message("uploads", got, "a tensor [K, P] or a non-empty sequence of state dicts"))
+    raise TypeError(
+        message("uploads", got, "a tensor [K, P], quantised uploads or a non-empty sequence of state dicts")
+    )
 
 
-def _aggregate_rows(uploads, weights, layout, out, backend) -> Tensor:
-    if uploads.dim() != 2 or uploads.shape[0] == 0:
-        raise ValueError(message("uploads", describe(uploads), "shape [clients, numel] with at least one client"))
-    if uploads.dtype not in _DTYPES:
-        raise TypeError(message("uploads", str(uploads.dtype), "a floating dtype"))
-    if uploads.shape[1] > 1 and uploads.stride(1) != 1:
-        remedy = "pass a contiguous tensor or a slice of one"
-        raise ValueError(message("uploads", f"strides {uploads.stride()}", "an innermost stride of 1", remedy))
-    if layout is not None and layout.numel != uploads.shape[1]:
-        raise ValueError(message("layout", f"{layout.numel} elements", f"{uploads.shape[1]}, as the uploads"))
+def _aggregate_rows(
+    uploads: Tensor,
+    scales: Tensor | None,
+    weights: object,
+    layout: BlockLayout | None,
+    out: Tensor | None,
+    nonfinite: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    numel = uploads.shape[1]
+    if layout is not None and layout.numel != numel:
+        raise ValueError(message("layout", f"{layout.numel} elements", f"{numel}, as the uploads"))
     backend = resolve(backend, uploads.device)
-    layers = layout.layers if layout is not None else 1
-    weights, per_layer = _checked_weights(weights, uploads.shape[0], layers)
+    weights, per_layer = checked_weights(weights, uploads.shape[0], layout.layers if layout is not None else 1)
     if per_layer and layout is None:
         remedy = "pass layout=arena.shared_layout"
         raise ValueError(message("weights", f"shape {tuple(weights.shape)}", "shape [K] without a layout", remedy))
-    out = _checked_out(out, uploads)
-    if uploads.shape[1] == 0:
+    out = checked_out(out, uploads, (uploads.dtype,) if scales is None else QUANTIZED_RESULTS)
+    _clear(nonfinite, uploads.shape[0], uploads.device)
+    if numel == 0:
         return out
-    bounds = _bounds(layout, uploads.shape[1]) if per_layer else [(0, uploads.shape[1])]
     if backend == "reference":
-        reference.aggregate_rows(uploads, weights, bounds, out)
+        rows = uploads if scales is None else reference.dequantize(uploads, scales)
+        reference.aggregate_rows(rows, weights, _bounds(layout if per_layer else None, numel), out, nonfinite)
         return out
-    shares = _shares(weights, uploads)
+    shares = shares_of(weights, uploads.dtype, uploads.device)
+    block_layer = layout.block_layer(uploads.device) if per_layer else None
     if backend == "torch":
-        composed.aggregate_rows(uploads, shares, bounds, out)
+        composed.aggregate_rows(uploads, shares, block_layer, scales, out, nonfinite)
     else:
-        _refuse_float64_on_gpu(uploads)
-        block_layer = layout.block_layer(uploads.device) if per_layer else None
-        torch.ops.fedperfix.aggregate_rows(uploads, shares, block_layer, out)
+        refuse_float64_on_gpu(uploads)
+        torch.ops.fedperfix.aggregate_rows(uploads, shares, block_layer, scales, out, nonfinite)
     return out
 
 
-def _aggregate_state_dicts(uploads, weights, out, backend) -> dict[str, Tensor]:
+def _aggregate_state_dicts(
+    uploads: Sequence[StateDict],
+    weights: object,
+    out: StateDict | None,
+    nonfinite: Tensor | None,
+    backend: str | None,
+) -> dict[str, Tensor]:
     names = _checked_names(uploads)
     first = uploads[0]
-    backend = resolve(backend, next(iter(first.values())).device)
-    weights, per_layer = _checked_weights(weights, len(uploads), len(names))
+    device = first[names[0]].device
+    backend = resolve(backend, device)
+    weights, per_layer = checked_weights(weights, len(uploads), len(names))
     if not per_layer:
         weights = weights.expand(-1, len(names))
     out = _checked_out_dict(out, first)
+    _clear(nonfinite, len(uploads), device)
     for dtype in dict.fromkeys(x.dtype for x in first.values()):
         columns = [i for i, name in enumerate(names) if first[name].dtype == dtype and first[name].numel()]
         if not columns:
             continue
         group = [names[i] for i in columns]
         if backend == "triton":
-            _refuse_float64_on_gpu(first[group[0]])
+            refuse_float64_on_gpu(first[group[0]])
             tensors = [client[name].contiguous() for client in uploads for name in group]
-            shares = _shares(weights[:, columns], tensors[0])
-            torch.ops.fedperfix.aggregate_tensors(tensors, shares, [out[name] for name in group])
+            shares = shares_of(weights[:, columns], dtype, device)
+            torch.ops.fedperfix.aggregate_tensors(tensors, shares, [out[name] for name in group], nonfinite)
             continue
         for i, name in zip(columns, group, strict=True):
             tensors = [client[name] for client in uploads]
             if backend == "reference":
-                reference.weighted_mean(tensors, weights[:, i].tolist(), out[name])
+                reference.weighted_mean(tensors, weights[:, i].tolist(), out[name], nonfinite)
             else:
-                composed.weighted_mean(tensors, _shares(weights[:, i], tensors[0]).cpu(), out[name])
+                shares = shares_of(weights[:, i], dtype, torch.device("cpu"))
+                composed.weighted_mean(tensors, shares, out[name], nonfinite)
     return out
 
 
-def _checked_weights(weights, clients: int, layers: int) -> tuple[Tensor, bool]:
-    """[K, 1] or [K, layers] float64 on the CPU, and whether it was given per layer."""
-    weights = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
-    per_layer = weights.dim() == 2
-    if weights.dim() == 1:
-        weights = weights[:, None]
-    if weights.dim() != 2 or weights.shape[0] != clients or (per_layer and weights.shape[1] != layers):
-        got = (
-            f"shape {tuple(weights.shape if per_layer else weights[:, 0].shape)}"
-            if weights.dim() == 2
-            else "a number"
-        )
-        raise ValueError(message("weights", got, f"shape [{clients}] or [{clients}, layers] ({layers} here)"))
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-        raise ValueError(message("weights", "a negative or non-finite weight", "finite weights of at least 0"))
-    if bool((weights.sum(0) <= 0).any()):
-        raise ValueError(message("weights", "weights that sum to 0", "a positive sum (in every layer)"))
-    return weights, per_layer
-
-
-def _shares(weights: Tensor, like: Tensor) -> Tensor:
-    """The weights divided by their sum over clients, in the accumulation dtype on `like`'s device."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return (weights / weights.sum(0, keepdim=True)).to(dtype).contiguous().to(like.device)
-
-
-def _bounds(layout: BlockLayout, numel: int) -> list[tuple[int, int]]:
+def _bounds(layout: BlockLayout | None, numel: int) -> list[tuple[int, int]]:
+    if layout is None:
+        return [(0, numel)]
     return list(zip(layout.offsets, (*layout.offsets[1:], numel), strict=True))
 
 
-def _checked_out(out, uploads: Tensor) -> Tensor:
-    if out is None:
-        return torch.empty(uploads.shape[1], dtype=uploads.dtype, device=uploads.device)
-    check_tensor("out", out)
-    expected = (uploads.shape[1:], uploads.dtype, uploads.device)
-    if (out.shape, out.dtype, out.device) != expected or not out.is_contiguous():
-        takes = f"a contiguous tensor of shape ({uploads.shape[1]},), {uploads.dtype}, {uploads.device}"
-        raise ValueError(message("out", describe(out), takes))
-    if out.untyped_storage().data_ptr() == uploads.untyped_storage().data_ptr():
-        raise ValueError(message("out", "a view of the uploads' memory", "memory of its own", "allocate it apart"))
-    return out
+def _clear(nonfinite: Tensor | None, clients: int, device: torch.device) -> None:
+    if nonfinite is None:
+        return
+    check_tensor("nonfinite", nonfinite)
+    expected = ((clients,), torch.bool, device)
+    if (nonfinite.shape, nonfinite.dtype, nonfinite.device) != expected or not nonfinite.is_contiguous():
+        takes = f"a contiguous tensor of shape ({clients},), torch.bool, {device}"
+        raise ValueError(message("nonfinite", describe(nonfinite), takes))
+    nonfinite.fill_(False)
 
 
 def _checked_out_dict(out, first: StateDict) -> dict[str, Tensor]:
@@ -187,15 +191,9 @@ def _checked_names(uploads: Sequence[StateDict]) -> list[str]:
         for name, x in client.items():
             argument, like = f"uploads[{k}][{name!r}]", uploads[0][name]
             check_tensor(argument, x)
-            if x.dtype not in _DTYPES:
+            if x.dtype not in DTYPES:
                 remedy = "leave counters and indices out"
                 raise TypeError(message(argument, str(x.dtype), "a floating dtype", remedy))
             if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, device):
                 raise ValueError(message(argument, describe(x), f"{describe(like)}, as in uploads[0]"))
     return names
-
-
-def _refuse_float64_on_gpu(x: Tensor) -> None:
-    if x.dtype == torch.float64 and x.device.type == "cuda":
-        takes = "float16, bfloat16 or float32 with the triton backend"
-        raise TypeError(message("uploads", "float64", takes, "use backend='torch'"))

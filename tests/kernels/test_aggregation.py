@@ -132,6 +132,17 @@ def test_a_nan_reaches_the_result(backend: str, device: torch.device) -> None:
     assert aggregate(uploads, [1, 1, 1], backend=backend).isnan().tolist() == [i == 4 for i in range(10)]
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])  # Triton's interpreter truncates bfloat16
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clients", [3, 49, 127])
+def test_the_mean_of_equal_uploads_is_the_upload(clients: int, dtype: torch.dtype, backend: str, device) -> None:
+    """So shares are not rounded to half precision on the way, and sum to 1."""
+    upload = torch.randn(2 * BLOCK + 5, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    mean = aggregate(upload.expand(clients, -1), torch.arange(1, clients + 1), backend=backend)
+    error = (mean.double() - upload.double()).abs()
+    assert (error <= upload.double().abs() * (clients * 2**-23 if dtype == torch.float32 else 0)).all()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     clients = 16
@@ -153,8 +164,15 @@ def test_opcheck(device: torch.device) -> None:
     shares = torch.full((3, 1), 1 / 3, device=device)
     ops = torch.ops.fedperfix
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.aggregate_rows, (uploads, shares, None, out), test_utils=tests)
-    per_layer = (uploads, shares.expand(3, 2).contiguous(), layout.block_layer(device), out)
+    torch.library.opcheck(ops.aggregate_rows, (uploads, shares, None, None, out, None), test_utils=tests)
+    per_layer = (
+        uploads,
+        shares.expand(3, 2).contiguous(),
+        layout.block_layer(device),
+        None,
+        out,
+        torch.zeros(3, dtype=torch.bool, device=device),
+    )
     torch.library.opcheck(ops.aggregate_rows, per_layer, test_utils=tests)
 
 
