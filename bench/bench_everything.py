@@ -27,7 +27,6 @@ class Bench:
 
     def __init__(self) -> None:
         self.limits = ceilings(DEVICE)
-        self.group = ""
         self.comparison: Comparison | None = None
         self.refused: dict[str, dict[str, str]] = {}
 
@@ -35,11 +34,8 @@ class Bench:
         """The comparison of this name; its variants are checked when it is built."""
         if self.comparison is None or self.comparison.name != name:
             self.comparison = None  # its inputs make room for the next ones
-            plan = PLANS[name]
-            if not plan.group or plan.group != self.group:
-                torch._dynamo.reset()
-            self.group = plan.group
-            self.comparison = plan.build()
+            torch._dynamo.reset()
+            self.comparison = PLANS[name].build()
             self.refused = self.comparison.refused()
         return self.comparison
 

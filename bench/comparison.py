@@ -24,13 +24,11 @@ class Plan:
         name: unique, for people and records.
         variants: what is compared, the baseline first.
         build: makes the comparison with its inputs.
-        group: comparisons in a row with the same group share their compiled code; "" shares with none.
     """
 
     name: str
     variants: tuple[str, ...]
     build: Callable[[], Comparison]
-    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.record", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--match", default="", help="only comparisons whose name contains this; writes no record")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds of wall-clock timing per comparison")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of wall-clock timing per comparison")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="start no other comparison after so many seconds"
     )
@@ -113,13 +113,10 @@ def _entries(
     limits: dict[str, float],
 ) -> Iterator[tuple[Record | None, str]]:
     """Measure one plan after the other: its entry, or None and why there is none; stops at the time limit."""
-    group = ""
     for plan in plans:
         if arguments.time_limit is not None and time.perf_counter() - started >= arguments.time_limit:
             return
-        if not plan.group or plan.group != group:
-            torch._dynamo.reset()
-        group = plan.group
+        torch._dynamo.reset()
         try:
             yield measure(plan.build(), device, arguments.budget, limits), ""
         except Exception as error:  # the others can still be measured; this one is tried again by the next run

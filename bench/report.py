@@ -36,7 +36,7 @@ def comparison_table(entry: Entry) -> str:
 def _row(name: str, variant: Variant, baseline: Variant, unit: str) -> str:
     for trouble in ("failed", "unavailable"):
         if trouble in variant:
-            return f"| {name} | {trouble}: {variant[trouble]} | | | | | |".replace("\n", " ")
+            return f"| {name} | no speed, {trouble}: {variant[trouble]} | | | | | |".replace("\n", " ")
     cells = [name, _span(variant.get("wall_seconds")), _span(variant.get("device_seconds"))]
     cells.append(f"{speed(variant, baseline):.2f}x" if is_sound(baseline) else "–")
     cells.append(rate_text(unit, variant[f"{unit}_per_second"]))
@@ -219,8 +219,8 @@ def main() -> int:
 _PREFACE = """# Benchmarks
 
 Made by `python -m bench.report` from `bench/results/`. Ratios, rates and fractions of the limit are of the device's
-clock where it ran, else of the wall's. *Unavailable* is an SDPA backend that PyTorch refuses to run for the case, with
-its reason. A target is *not measured* if a variant that it compares with has no figure.
+clock where it ran, else of the wall's. *Unavailable* is an SDPA backend that PyTorch refuses to run for the case,
+with its reason. A target is *not measured* if a variant that it compares with has no figure.
 
 """
 
