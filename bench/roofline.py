@@ -69,13 +69,13 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(18, 5.2 * max(1, len(records))), dpi=100, layout="constrained")
+    figure = Figure(figsize=(17, 5.2 * max(1, len(records))), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subfigures(max(1, len(records)), 1, squeeze=False)[:, 0]
     for row, record in zip(rows, records, strict=False):
         row.suptitle(record["device"], fontsize=12)
         found = points(record)
-        for axes, panel in zip(row.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):
+        for axes, panel in zip(row.subplots(1, len(_PANELS)), _PANELS, strict=True):
             _draw_panel(axes, panel, [point for point in found if point.panel == panel])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -100,8 +100,9 @@ def _draw_panel(axes: Any, panel: str, found: list[Point]) -> None:
     axes.set_title(panel if panel == "aggregation" else f"attention, {panel}", fontsize=10)
     axes.set_xlabel("clients K" if panel == "aggregation" else "tokens N")
     axes.set_ylabel("% of the limit")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max([100.0, *(105 * point.fraction for point in found)]))  # more only where a cache helps
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
     if found:
-        axes.legend(frameon=False, fontsize=7)
+        columns = 1 if len(axes.lines) <= 8 else 2
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns)

@@ -34,7 +34,7 @@ _KERNELS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-_REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
+_REFUSAL = re.compile(r"(No available kernel|No viable backend|cuDNN Frontend error)[^'\"\n]*")
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,10 @@ def _available(function: Function) -> Function:
         try:
             return function(*inputs)
         except RuntimeError as error:
-            if not any(refusal in str(error) for refusal in _REFUSALS):
+            refusal = _REFUSAL.search(str(error))
+            if refusal is None:
                 raise
-            raise Unavailable(_reasons(function, inputs) or str(error).splitlines()[0]) from error
+            raise Unavailable(_reasons(function, inputs) or refusal.group()) from error
 
     return checked
 
