@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -295,10 +296,11 @@ def _commit() -> str:
 
 
 def _git(*command: str) -> str:
-    result = subprocess.run(
-        ["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return result.stdout.strip()
+    """What git says, nothing where it is not installed or this is no repository."""
+    if shutil.which("git") is None:
+        return ""
+    here = Path(__file__).parent
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -168,11 +168,11 @@ def _trouble(variant: dict[str, Any]) -> str:
 
 
 def value_text(verdict: Mapping[str, Any]) -> str:
-    """The measured value for people: `1.52x of SDPA cuDNN`, `48%`, or `–`."""
+    """The measured value for people: `1.52x of SDPA cuDNN`, `48.3%`, or `–`."""
     if verdict["value"] is None:
         return "–"
     if verdict["rival"] is None:
-        return f"{verdict['value']:.0%}"
+        return f"{verdict['value']:.1%}"
     return f"{verdict['value']:.2f}x of {verdict['rival']}"
 
 
