@@ -1,48 +1,79 @@
-"""Turn records into tables: `python -m bench.report` rewrites the README's figures from bench/results/*.json."""
+"""Turn records into tables and a picture: `python -m bench.report` rewrites what README and docs say of them."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.entries import Entry, Variant, is_sound, ours, seconds, speed
+from bench.roofline import draw
+from bench.targets import MISSED, NOT_MEASURED, summary, value_text
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+PICTURE = "docs/images/roofline.png"
+_BOTH = "forward + backward"
+_OTHER_KINDS = ("forward", "backward")
 
 
-def comparison_table(entry: dict[str, Any]) -> str:
-    """One comparison of a record as a Markdown table, all ratios to its first variant."""
+def comparison_table(entry: Entry) -> str:
+    """One comparison of a record as Markdown: its variants with ratios to the first, its targets, its shares."""
     lines = [
         f"**{entry['name']}**",
         "",
-        "| variant | time (range) | ratio | rate | peak memory | of the limit |",
-        "|---|---|---|---|---|---|",
+        "| variant | wall time (range) | device time (range) | ratio | rate | peak memory | of the limit |",
+        "|---|---|---|---|---|---|---|",
     ]
     baseline = next(iter(entry["variants"].values()))
-    for name, variant in entry["variants"].items():
-        if "failed" in variant:
-            lines.append(f"| {name} | no speed: {variant['failed']} | | | | |")
-            continue
-        spread = seconds(variant)
-        ratio = f"{seconds(baseline)['median'] / spread['median']:.2f}x" if "failed" not in baseline else "–"
-        span = f"{_time(spread['median'])} ({_time(spread['lowest'])} – {_time(spread['highest'])})"
-        limit = variant.get("fraction_of_limit")
-        rate = rate_text(entry["unit"], variant[f"{entry['unit']}_per_second"])
-        memory = f"{variant['peak_bytes'] / 1e6:.1f} MB"
-        share = "–" if limit is None else f"{limit:.0%}"
-        lines.append(f"| {name} | {span} | {ratio} | {rate} | {memory} | {share} |")
-    return "\n".join(lines) + "\n"
+    lines += [_row(name, variant, baseline, entry["unit"]) for name, variant in entry["variants"].items()]
+    parts = ["\n".join(lines) + "\n", targets_table(entry), shares_table(entry)]
+    return "\n".join(part for part in parts if part)
 
 
-def seconds(variant: dict[str, Any]) -> dict[str, float]:
-    """The variant's device time where there is one, else its wall time."""
-    return variant.get("device_seconds", variant.get("wall_seconds"))
+def _row(name: str, variant: Variant, baseline: Variant, unit: str) -> str:
+    for trouble in ("failed", "unavailable"):
+        if trouble in variant:
+            return f"| {name} | no speed, {trouble}: {variant[trouble]} | | | | | |".replace("\n", " ")
+    cells = [name, _span(variant.get("wall_seconds")), _span(variant.get("device_seconds"))]
+    cells.append(f"{speed(variant, baseline):.2f}x" if is_sound(baseline) else "–")
+    cells.append(rate_text(unit, variant[f"{unit}_per_second"]))
+    cells += [memory_text(variant["peak_bytes"]), _percent(variant.get("fraction_of_limit"))]
+    return f"| {' | '.join(cells)} |"
+
+
+def targets_table(entry: Entry) -> str:
+    """A comparison's targets with their values and results as Markdown; nothing if it has none."""
+    verdicts = entry.get("targets", [])
+    if not verdicts:
+        return ""
+    rows = [f"| {v['target']} | {value_text(v)} | {result_text(v)} |" for v in verdicts]
+    return "\n".join(["| target | measured | |", "|---|---|---|", *rows]) + "\n"
+
+
+def result_text(verdict: dict[str, Any]) -> str:
+    """`met`, `missed` or `not measured`, and why if there is a reason."""
+    return f"{verdict['result']}: {verdict['why']}" if verdict["why"] else verdict["result"]
+
+
+def shares_table(entry: Entry) -> str:
+    """Where a step's time goes as Markdown; nothing for a comparison that is no step."""
+    found = entry.get("shares")
+    if not found:
+        return ""
+    if "parts" not in found:
+        return f"No shares of the step: {found.get('failed') or found['unavailable']}\n"
+    rows = found["parts"] | {"rest": found["rest"]}
+    lines = [f"| part of `{found['of']}` | time | share |", "|---|---|---|"]
+    lines += [f"| {name} | {_time(value)} | {value / found['seconds']:.0%} |" for name, value in rows.items()]
+    return "\n".join([*lines, f"| step | {_time(found['seconds'])} | 100% |"]) + "\n"
 
 
 def figures(records: list[dict[str, Any]]) -> str:
-    """The README's section: per device its ceilings, then one line per comparison, ours against the baseline."""
-    parts = []
+    """The README's section: the picture; per device its ceilings, a line per comparison, and the steps' shares."""
+    parts = [f"![Fraction of the limit over tokens and clients, ours and the baselines]({PICTURE})\n"]
     for record in records:
         limits = record["ceilings"]
         versions = record["versions"]
@@ -52,36 +83,86 @@ def figures(records: list[dict[str, Any]]) -> str:
             f"PyTorch {versions['torch']}, Triton {versions['triton']}; "
             f"measured ceilings: copy {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, matrix products "
             f"{limits['matrix_float32'] / 1e12:.1f} TFLOP/s (float32) and "
-            f"{limits['matrix_bfloat16'] / 1e12:.1f} TFLOP/s (bfloat16).\n\n{_summary(record)}"
+            f"{limits['matrix_bfloat16'] / 1e12:.1f} TFLOP/s (bfloat16)."
+            f"{_all_targets(record)}\n\n{_summary(record)}"
         )
+        parts += [_shares_line(entry) for entry in record["comparisons"] if "parts" in entry.get("shares", {})]
     return "\n".join(parts)
+
+
+def _all_targets(record: dict[str, Any]) -> str:
+    verdicts = [verdict for entry in record["comparisons"] for verdict in entry.get("targets", [])]
+    return f" Targets: {summary(verdicts)}." if verdicts else ""
+
+
+def _shares_line(entry: Entry) -> str:
+    found = entry["shares"]
+    rows = found["parts"] | {"rest": found["rest"]}
+    texts = [f"{name} {value / found['seconds']:.0%}" for name, value in rows.items()]
+    return f"Of the {entry['name']} ({found['of']}, {_time(found['seconds'])}): {', '.join(texts)}.\n"
 
 
 def _summary(record: dict[str, Any]) -> str:
     lines = [
-        "| work | baseline | ours | speed | best other | memory | of the limit |",
-        "|---|---|---|---|---|---|---|",
+        "| work | baseline | ours | speed | best other | memory | of the limit | targets |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for entry in record["comparisons"]:
-        if entry["settings"].get("backward") is False:  # in docs/benchmarks.md; training needs both directions
+        if entry["settings"].get("kind") in _OTHER_KINDS:  # part of the line of both
             continue
-        sound = {name: v for name, v in entry["variants"].items() if "failed" not in v}
-        names = list(entry["variants"])
-        ours = names[-1] if names[-1] in ("fused", "fedperfix") else "SDPA"
-        if ours not in sound or names[0] not in sound:
-            continue
-        others = {n: seconds(v)["median"] for n, v in sound.items() if n not in (ours, names[0])}
-        best = min(others, key=others.get) if others else None
-        base, own = sound[names[0]], sound[ours]
-        mine = seconds(own)["median"]
-        limit = own.get("fraction_of_limit")
-        rival = "–" if best is None else f"{others[best] / mine:.2f}x of {best}"
-        lines.append(
-            f"| {entry['name']} | {names[0]}, {_time(seconds(base)['median'])} | {ours}, {_time(mine)} | "
-            f"**{seconds(base)['median'] / mine:.2f}x** | {rival} | "
-            f"{own['peak_bytes'] / max(1, base['peak_bytes']):.2f}x | {'–' if limit is None else f'{limit:.0%}'} |"
-        )
+        lines.append(_summary_row(entry, _siblings(entry, record["comparisons"])))
     return "\n".join(lines) + "\n"
+
+
+def _siblings(entry: Entry, entries: Iterable[Entry]) -> list[Entry]:
+    """Forward and backward alone of the same case, in this order; none for work that has no kinds."""
+    if entry["settings"].get("kind") != _BOTH:
+        return []
+    found = {e["settings"].get("kind"): e for e in entries if _case(e) == _case(entry)}
+    return [found[kind] for kind in _OTHER_KINDS if kind in found]
+
+
+def _case(entry: Entry) -> dict[str, Any]:
+    return {key: value for key, value in entry["settings"].items() if key != "kind"}
+
+
+def _summary_row(entry: Entry, siblings: list[Entry]) -> str:
+    variants, own = entry["variants"], ours(entry)
+    baseline = next(iter(variants))
+    sound = {name: variant for name, variant in variants.items() if is_sound(variant)}
+    verdicts = [verdict for e in (entry, *siblings) for verdict in e.get("targets", [])]
+    targets = _targets_cell(verdicts)
+    if own not in sound or baseline not in sound:
+        wrong = own if own not in sound else baseline
+        return f"| {entry['name']} | {baseline} | {own} | no speed: {wrong} | – | – | – | {targets} |"
+    mine, base = sound[own], sound[baseline]
+    rivals = {n: speed(mine, v) for n, v in sound.items() if n not in (own, baseline) and "fedperfix" not in n}
+    best = min(rivals, key=rivals.__getitem__, default=None)
+    limits = [e["variants"].get(own, {}).get("fraction_of_limit") for e in (*siblings, entry)]
+    memory = "–" if not base["peak_bytes"] else f"{mine['peak_bytes'] / base['peak_bytes']:.2f}x"
+    cells = [
+        entry["name"],
+        f"{baseline}, {_time(seconds(base)['median'])}",
+        f"{own}, {_time(seconds(mine)['median'])}",
+        f"**{speed(mine, base):.2f}x**",
+        "–" if best is None else f"{rivals[best]:.2f}x of {best}",
+        memory,
+        " / ".join(map(_percent, limits)),
+        targets,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _targets_cell(verdicts: list[dict[str, Any]]) -> str:
+    """How many are met, and every other one by name."""
+    if not verdicts:
+        return "–"
+    rest = [
+        f"{v['target']} {v['result']}" + (f" ({value_text(v)})" if v["value"] is not None else "")
+        for v in verdicts
+        if v["result"] in (MISSED, NOT_MEASURED)
+    ]
+    return "; ".join([f"{len(verdicts) - len(rest)} of {len(verdicts)} met", *rest])
 
 
 def rate_text(unit: str, rate: float) -> str:
@@ -89,8 +170,23 @@ def rate_text(unit: str, rate: float) -> str:
     return f"{rate / 1e9:.1f} GB/s" if unit == "bytes" else f"{rate:,.0f} images/s"
 
 
+def memory_text(peak_bytes: int | None) -> str:
+    """Peak bytes for people; a dash for a variant that holds its memory between calls."""
+    return "–" if peak_bytes is None else f"{peak_bytes / 1e6:.1f} MB"
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:.0%}"
+
+
+def _span(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{_time(spread['median'])} ({_time(spread['lowest'])} – {_time(spread['highest'])})"
+
+
 def _time(value: float) -> str:
-    return f"{value * 1e6:.0f} µs" if value < 1e-3 else f"{value * 1e3:.2f} ms"
+    return f"{value * 1e6:.0f} µs" if abs(value) < 1e-3 else f"{value * 1e3:.2f} ms"
 
 
 def updated(readme: str, records: list[dict[str, Any]]) -> str:
@@ -107,7 +203,7 @@ def load_records() -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Rewrite README.md's figures and docs/benchmarks.md's tables."""
+    """Rewrite README.md's figures, docs/benchmarks.md's tables and the picture."""
     records = load_records()
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text(), records))
@@ -115,9 +211,18 @@ def main() -> int:
         f"## {record['device']}\n\n" + "\n".join(comparison_table(entry) for entry in record["comparisons"])
         for record in records
     ]
-    text = "# Benchmarks\n\nMade by `python -m bench.report` from `bench/results/`.\n\n" + "\n".join(tables)
-    (ROOT / "docs" / "benchmarks.md").write_text(text)
+    (ROOT / "docs" / "benchmarks.md").write_text(_PREFACE + "\n".join(tables))
+    draw(records, ROOT / PICTURE)
     return 0
+
+
+_PREFACE = """# Benchmarks
+
+Made by `python -m bench.report` from `bench/results/`. Ratios, rates and fractions of the limit are of the device's
+clock where it ran, else of the wall's. *Unavailable* is an SDPA backend that PyTorch refuses to run for the case,
+with its reason. A target is *not measured* if a variant that it compares with has no figure.
+
+"""
 
 
 if __name__ == "__main__":

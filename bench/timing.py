@@ -50,7 +50,9 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
         budget: seconds to spend, at least three rounds whatever they take.
     """
     seconds: dict[str, list[float]] = {name: [] for name in comparison.variants}
-    inner = {name: _repetitions(variant, device) for name, variant in comparison.variants.items()}
+    inner = {
+        name: _repetitions(variant, comparison.input_sets, device) for name, variant in comparison.variants.items()
+    }
     started = time.perf_counter()
     while len(seconds[comparison.baseline]) < 3 or (
         time.perf_counter() - started < budget and len(seconds[comparison.baseline]) < 100
@@ -65,9 +67,10 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
     return {name: Spread.of(values) for name, values in seconds.items()}
 
 
-def _repetitions(variant: Callable[[int], object], device: torch.device) -> int:
+def _repetitions(variant: Callable[[int], object], input_sets: int, device: torch.device) -> int:
     """Warm up; then as many calls as fill five milliseconds, so that the clock's own error does not count."""
-    variant(0)
+    for index in range(input_sets):  # some prepare every set on its first call
+        variant(index)
     variant(0)
     synchronize(device)
     begin = time.perf_counter()
@@ -76,11 +79,20 @@ def _repetitions(variant: Callable[[int], object], device: torch.device) -> int:
     return max(1, min(1000, int(0.005 / max(time.perf_counter() - begin, 1e-9))))
 
 
-def device_times(comparison: Comparison, device: torch.device, rounds: int = 9) -> dict[str, Spread]:
-    """Device time of every variant on a GPU: a CUDA graph of many calls over rotated inputs, replayed in turn."""
-    graphs, calls = {}, max(comparison.input_sets, 8)
+def device_times(
+    comparison: Comparison, device: torch.device, rounds: int = 9
+) -> tuple[dict[str, Spread], dict[str, str]]:
+    """Device time of every variant on a GPU: a CUDA graph of many calls over rotated inputs, replayed in turn.
+
+    Returns:
+        The spread of every variant that could be captured, and why the others could not.
+    """
+    graphs, reasons, calls = {}, {}, max(comparison.input_sets, 8)
     for name, variant in comparison.variants.items():
-        graphs[name] = _capture(variant, comparison.input_sets, calls, device)
+        try:
+            graphs[name] = capture(variant, comparison.input_sets, calls, device)
+        except Exception as error:  # what cannot be captured still has its wall time
+            reasons[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     milliseconds: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
@@ -90,20 +102,24 @@ def device_times(comparison: Comparison, device: torch.device, rounds: int = 9) 
             end.record()
             end.synchronize()
             milliseconds[name].append(begin.elapsed_time(end) / calls)
-    return {name: Spread.of([x / 1e3 for x in values]) for name, values in milliseconds.items()}
+    return {name: Spread.of([x / 1e3 for x in values]) for name, values in milliseconds.items()}, reasons
 
 
-def _capture(
+def capture(
     variant: Callable[[int], object], input_sets: int, calls: int, device: torch.device
 ) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `calls` calls of `variant` over rotated inputs, replayed once.
+
+    The calls before it run on the stream that is captured: autograd keeps to the stream of a forward pass.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for repetition in range(3):
+        for repetition in range(max(3, input_sets)):
             variant(repetition % input_sets)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for repetition in range(calls):
             variant(repetition % input_sets)
     graph.replay()

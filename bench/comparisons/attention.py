@@ -1,16 +1,40 @@
-"""Prefix attention, forward and forward + backward: eager, composed of SDPA, compiled, fused."""
+"""Prefix attention, forward, backward and both: eager, SDPA by backend, compiled, FlexAttention, fused.
+
+Compiled graphs on a GPU, counted from the plans: 12 cases (five sizes with two prefixes each, two more modes at the
+first). A case trains under torch.compile as `compiled eager`, four `compiled SDPA` and `FlexAttention`, a forward
+and a backward graph each, and infers as `compiled eager` and `compiled SDPA`: 14 graphs, 168 in all. To keep it
+there, `backward` alone times no compiled variant (torch.compile frees what a second backward pass would need), and
+`forward` alone, where no target names one, only those two.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
-from bench.comparison import Comparison, Plan, Results
+from bench.comparison import Comparison, Plan, Results, Unavailable, compiled
 from fedperfix_kernels import backends, packed_prefix_attention
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # qkv [B, N, 3, H, D], prefix [B or 1, L, 2, H, D], gate [H]
+
+KINDS = ("forward", "backward", "forward + backward")
+# Products per key of a branch: scores and output; scores again and the gradients of v, weights, q and k.
+_PRODUCTS = {"forward": 2, "backward": 5, "forward + backward": 7}
+_KERNELS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+_REFUSAL = re.compile(r"(No available kernel|No viable backend|cuDNN Frontend error)[^'\"\n]*")
 
 
 @dataclass(frozen=True)
@@ -27,13 +51,25 @@ class Shape:
         prefix = "adapter" if self.prefix_len is None else f"{self.prefix_len} shared tokens"
         return f"B={self.batch} H={self.heads} N={self.tokens} D={self.head_dim}, {prefix}"
 
+    def prefix_size(self) -> tuple[int, int]:
+        """Batch and length of the prefix: (B, N) of the adapter, (1, L) of shared tokens."""
+        return (self.batch, self.tokens) if self.prefix_len is None else (1, self.prefix_len)
+
 
 GPU_SHAPES = [
     Shape(batch, heads, tokens, 64, prefix_len)
     for batch, heads, tokens in ((64, 6, 197), (64, 12, 197), (256, 3, 65), (32, 16, 257), (16, 12, 577))
     for prefix_len in (None, 10)
 ]
-CPU_SHAPES = [Shape(32, 3, 50, 32), Shape(8, 6, 197, 64), Shape(8, 6, 197, 64, 10)]
+CPU_SHAPES = [
+    Shape(32, 3, 50, 32),
+    Shape(16, 3, 65, 64),
+    Shape(8, 6, 197, 64),
+    Shape(8, 6, 197, 64, 10),
+    Shape(4, 6, 257, 64),
+]
+# Compiling takes most of a record's time on a CPU: there two sizes are compiled, for training alone.
+_CPU_COMPILED = CPU_SHAPES[0], CPU_SHAPES[2]
 
 
 def attention_plans(device: torch.device) -> Iterator[Plan]:
@@ -43,96 +79,187 @@ def attention_plans(device: torch.device) -> Iterator[Plan]:
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
         for shape in shapes:
             for mode in ("gated", "concat", "additive") if shape == shapes[0] else ("gated",):
-                for backward in (False, True):
-                    kind = "forward + backward" if backward else "forward"
+                for kind in KINDS:
                     name = f"attention {mode} {kind}, {str(dtype).removeprefix('torch.')}, {shape}"
-                    build = partial(_comparison, name, shape, mode, dtype, device, backward)
-                    yield Plan(name, tuple(_functions(mode, device)), build)
+                    build = partial(_comparison, name, shape, mode, dtype, device, kind)
+                    yield Plan(name, tuple(_functions(shape, mode, device, kind)), build)
 
 
 def _comparison(
-    name: str, shape: Shape, mode: str, dtype: torch.dtype, device: torch.device, backward: bool
+    name: str, shape: Shape, mode: str, dtype: torch.dtype, device: torch.device, kind: str
 ) -> Comparison:
-    tokens = shape.batch * shape.tokens * shape.heads * shape.head_dim
-    length = shape.tokens if shape.prefix_len is None else shape.prefix_len
-    prefix_batch = shape.batch if shape.prefix_len is None else 1
-    prefix = prefix_batch * length * shape.heads * shape.head_dim
-    size = torch.finfo(dtype).bits // 8
-    keys = length if mode == "additive" else shape.tokens + length
-    products = 2 * shape.batch * shape.heads * shape.tokens * keys * shape.head_dim
-    # Forward reads q, k, v, p_k, p_v and writes out; backward reads these and dout and writes five gradients.
-    moved = (4 * tokens + 2 * prefix) * size
-    if backward:
-        moved += (7 * tokens + 4 * prefix) * size
+    moved = _elements(shape, kind) * (torch.finfo(dtype).bits // 8)
     sets = _input_sets(moved, device)
-    inputs = [_inputs(shape, prefix_batch, length, dtype, device, seed, backward) for seed in range(sets)]
-
-    def run(function: Callable[..., Tensor]) -> Callable[[int], Results]:
-        def call(index: int) -> Results:
-            *leaves, dout = inputs[index]
-            if not backward:
-                with torch.no_grad():
-                    return (function(*leaves),)
-            out = function(*leaves)
-            return out, *torch.autograd.grad(out, leaves, dout)
-
-        return call
+    functions = _functions(shape, mode, device, kind)
+    inputs = [_inputs(shape, dtype, device, seed, kind != "forward") for seed in range(sets)]
 
     def exact() -> Results:
-        *leaves, dout = (x.detach().double().requires_grad_(backward) for x in inputs[0])
-        out = packed_prefix_attention(*leaves, mode=mode, backend="reference")
-        return (out, *torch.autograd.grad(out, leaves, dout.detach())) if backward else (out,)
+        leaves = [x.detach().double().requires_grad_(kind != "forward") for x in inputs[0]]
+        function = partial(packed_prefix_attention, mode=mode, backend="reference")
+        return _call(function, kind, [tuple(leaves)])(0)
 
     return Comparison(
         name=name,
-        variants={name: run(function) for name, function in _functions(mode, device).items()},
+        variants={name: _call(function, kind, inputs) for name, function in functions.items()},
         input_sets=sets,
         exact=exact,
         work=shape.batch,
         unit="images",
         dtype=dtype,
         bytes_moved=moved,
-        flops=products * (7 if backward else 2),
-        settings=vars(shape) | {"mode": mode, "dtype": str(dtype), "backward": backward},
+        flops=_PRODUCTS[kind] * _product(shape, mode),
+        settings=settings(shape, mode, dtype, kind),
     )
 
 
-def _functions(mode: str, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    def backend(name: str) -> Callable[..., Tensor]:
-        def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
-            return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=name)
+def settings(shape: Shape, mode: str, dtype: torch.dtype, kind: str) -> dict[str, object]:
+    """Of a comparison, for the record."""
+    return vars(shape) | {"mode": mode, "dtype": str(dtype), "kind": kind}
 
-        return function
 
-    functions = {
-        "eager": backend("reference"),
-        "SDPA": backend("torch"),
-        "compiled eager": torch.compile(backend("reference"), dynamic=False),
-        "compiled SDPA": torch.compile(backend("torch"), dynamic=False),
-    }
+def _elements(shape: Shape, kind: str) -> int:
+    """Fewest elements to move: forward reads q, k, v and the prefix and writes out; backward reads these again and
+    dout and writes their gradients. What a forward pass saves for its backward could be computed again."""
+    tokens = shape.batch * shape.tokens * shape.heads * shape.head_dim
+    batch, length = shape.prefix_size()
+    prefix = batch * length * shape.heads * shape.head_dim
+    forward, backward = 4 * tokens + 2 * prefix, 7 * tokens + 4 * prefix
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[kind]
+
+
+def _product(shape: Shape, mode: str) -> int:
+    """Operations of one matrix product over all keys of all branches."""
+    length = shape.prefix_size()[1]
+    keys = length if mode == "additive" else shape.tokens + length
+    return 2 * shape.batch * shape.heads * shape.tokens * keys * shape.head_dim
+
+
+def _call(function: Function, kind: str, inputs: list[tuple[Tensor, ...]]) -> Callable[[int], Results]:
+    """The variant that runs `function` on the input set of an index, as `kind` says."""
+    graphs: dict[tuple[int, int], Tensor] = {}
+
+    def forward(index: int) -> Results:
+        with torch.no_grad():
+            return (function(*inputs[index][:3]),)
+
+    def both(index: int) -> Results:
+        *leaves, dout = inputs[index]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout.detach())
+
+    def backward(index: int) -> Results:
+        *leaves, dout = inputs[index]
+        # Autograd runs a backward pass on its forward's stream, so that a capture needs a forward on its own.
+        key = index, _stream(dout)
+        if key not in graphs:
+            graphs[key] = function(*leaves)
+        return torch.autograd.grad(graphs[key], leaves, dout.detach(), retain_graph=True)
+
+    return {"forward": forward, "backward": backward, "forward + backward": both}[kind]
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+
+
+def _functions(shape: Shape, mode: str, device: torch.device, kind: str) -> dict[str, Function]:
+    """The variants by name, the eager baseline first and ours last.
+
+    SDPA by backend and FlexAttention are for GPUs: a CPU has one fused SDPA kernel, which `SDPA` takes, and
+    FlexAttention has no backward pass there.
+    """
+    on_gpu = device.type == "cuda"
+    kernels = _KERNELS if on_gpu else {}
+    functions = {"eager": _backend(mode, "reference"), "SDPA": _backend(mode, "torch")}
+    functions |= {name: _available(_backend(mode, "torch", kernel)) for name, kernel in kernels.items()}
+    if kind != "backward" and (on_gpu or (shape in _CPU_COMPILED and kind == "forward + backward")):
+        functions["compiled eager"] = compiled(_backend(mode, "reference"))
+        functions["compiled SDPA"] = compiled(_backend(mode, "torch"))
+    if kind == "forward + backward":
+        for name, kernel in kernels.items():
+            functions[f"compiled {name}"] = _available(compiled(_backend(mode, "torch", kernel)))
+        if on_gpu:
+            functions["FlexAttention"] = compiled(_flex(mode))
     if backends.resolve("auto", device) == "triton":
-        functions["fused"] = backend("triton")
+        functions["fused"] = _backend(mode, "triton")
     return functions
 
 
+def _backend(mode: str, name: str, kernel: SDPBackend | None = None) -> Function:
+    """Prefix attention by one of the library's backends, its SDPA calls restricted to `kernel` if there is one."""
+
+    def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
+        return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=name)
+
+    def restricted(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=name)
+
+    return function if kernel is None else restricted
+
+
+def _flex(mode: str) -> Function:
+    """Prefix attention composed of FlexAttention calls; compile it, uncompiled it materialises the scores."""
+
+    def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [B, H, N, D]
+        p_k, p_v = (x.expand(q.shape[0], -1, -1, -1).transpose(1, 2) for x in prefix.unbind(2))  # [B, H, L, D]
+        g = gate.to(q.dtype)[:, None, None]
+        if mode == "gated":
+            out = flex_attention(q, k, v) + g * flex_attention(q, p_k, p_v)
+        elif mode == "concat":
+            out = flex_attention(q, torch.cat([k, g * p_k], dim=2), torch.cat([v, g * p_v], dim=2))
+        else:
+            out = flex_attention(q, k + g * p_k, v + g * p_v)
+        return out.transpose(1, 2)
+
+    return function
+
+
+def _available(function: Function) -> Function:
+    """`function`, which raises `Unavailable` with PyTorch's own reasons where SDPA's backend refuses the case."""
+
+    def checked(*inputs: Tensor) -> Tensor:
+        try:
+            return function(*inputs)
+        except RuntimeError as error:
+            refusal = _REFUSAL.search(str(error))
+            if refusal is None:
+                raise
+            raise Unavailable(_reasons(function, inputs) or refusal.group()) from error
+
+    return checked
+
+
+def _reasons(function: Function, inputs: tuple[Tensor, ...]) -> str:
+    """What PyTorch warns of when it refuses: it names its reasons nowhere else."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(RuntimeError):
+            function(*inputs)
+    texts = [re.sub(r"\s*\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in caught]
+    return " ".join(dict.fromkeys(texts))
+
+
 def _inputs(
-    shape: Shape, prefix_batch: int, length: int, dtype: torch.dtype, device: torch.device, seed: int, grad: bool
-) -> tuple[Tensor, ...]:
+    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv, prefix and gate, which want gradients if `grad`, and dout."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
     qkv = normal(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
-    prefix = normal(prefix_batch, length, 2, shape.heads, shape.head_dim)
+    prefix = normal(*shape.prefix_size(), 2, shape.heads, shape.head_dim)
     gate = torch.rand(shape.heads, generator=generator, device=device) + 0.5
     dout = normal(shape.batch, shape.tokens, shape.heads, shape.head_dim)
-    return *(x.requires_grad_(grad) for x in (qkv, prefix, gate)), dout
+    return qkv.requires_grad_(grad), prefix.requires_grad_(grad), gate.requires_grad_(grad), dout
 
 
 def _input_sets(bytes_moved: int, device: torch.device) -> int:
     """Enough sets that one round over them moves twice the second-level cache."""
     if device.type != "cuda":
         return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(16, -(-2 * cache // bytes_moved)))
+    second_level = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(16, -(-2 * second_level // bytes_moved)))

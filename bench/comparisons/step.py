@@ -1,92 +1,122 @@
-"""One training step of a whole FedPerfix ViT: forward, backward and AdamW."""
+"""One training step of a whole FedPerfix ViT: forward, backward and AdamW, and where its time goes.
+
+Compiled graphs: three compiled variants per model, a forward and a backward graph each; 12 on a GPU's two models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from bench.comparison import Comparison, Plan, Results
+from bench.comparison import Comparison, Plan, Results, compiled
+from bench.comparisons.parts import step_parts
+from bench.timing import capture
 from fedperfix_kernels import ParameterArena, apply_prefix
 
 _CLASSES = 100
+_VARIANTS = ("eager", "SDPA", "compiled eager", "compiled SDPA", "fedperfix", "compiled fedperfix")
+_GRAPH = "fedperfix CUDA graph"
+# Compiling takes most of a record's time on a CPU: the smallest model keeps to one compiled variant.
+_FEW = tuple(name for name in _VARIANTS if name not in ("compiled SDPA", "compiled fedperfix"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A timm model with an adapter prefix, its input and the precision of its training.
+
+    Args:
+        title: of the model, for people.
+        model: timm's name; `changes` are more arguments of `timm.create_model`.
+        image_size, batch: of the input.
+        bottleneck: R of the adapter.
+        dtype: float32, or bfloat16 for autocast.
+        variants: what is compared.
+    """
+
+    title: str
+    model: str
+    image_size: int
+    batch: int
+    bottleneck: int
+    dtype: torch.dtype
+    changes: dict[str, int] = field(default_factory=dict)
+    variants: tuple[str, ...] = _VARIANTS
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"training step, {dtype}, {self.title} {self.image_size} px, batch {self.batch}"
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def settings(self) -> dict[str, object]:
+        """For the record."""
+        sizes = {"image_size": self.image_size, "batch": self.batch, "bottleneck": self.bottleneck}
+        return {"model": self.model, **sizes, "dtype": str(self.dtype), **self.changes}
+
+
+_TINY, _SMALL = "vit_tiny_patch16_224", "vit_small_patch16_224"
+_MINI = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+_PATCH = {"patch_size": 4}
+GPU_CASES = [
+    Case("ViT-S/16", _SMALL, 224, 64, 256, torch.bfloat16, {}, (*_VARIANTS, _GRAPH)),
+    Case("ViT-Ti/4", _TINY, 32, 256, 128, torch.bfloat16, _PATCH, (*_VARIANTS, _GRAPH)),
+]
+CPU_CASES = [
+    Case("vit-mini", _TINY, 28, 32, 64, torch.float32, _MINI, _FEW),
+    Case("ViT-Ti/4", _TINY, 32, 16, 128, torch.float32, _PATCH),
+    Case("ViT-Ti/4", _TINY, 32, 16, 128, torch.bfloat16, _PATCH),
+]
 
 
 def step_plans(device: torch.device) -> Iterator[Plan]:
     """Models, image sizes and batches that fit the device."""
-    mini = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-    if device.type == "cuda":
-        yield _plan("ViT-S/16", "vit_small_patch16_224", {}, 224, 64, 256, torch.bfloat16, device)
-        yield _plan("ViT-Ti/4", "vit_tiny_patch16_224", {"patch_size": 4}, 32, 256, 128, torch.bfloat16, device)
-    else:
-        yield _plan("vit-mini", "vit_tiny_patch16_224", mini, 28, 32, 64, torch.float32, device)
-        yield _plan("ViT-Ti/4", "vit_tiny_patch16_224", {"patch_size": 4}, 32, 16, 128, torch.float32, device)
+    for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
+        yield Plan(str(case), case.variants, partial(_comparison, case, device))
 
 
-def _plan(
-    title: str,
-    model: str,
-    changes: dict,
-    image_size: int,
-    batch: int,
-    bottleneck: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Plan:
-    name = f"training step, {str(dtype).removeprefix('torch.')}, {title} {image_size} px, batch {batch}"
-    build = partial(_comparison, name, model, changes, image_size, batch, bottleneck, dtype, device)
-    return Plan(name, ("eager", "SDPA", "compiled eager", "fedperfix"), build)
-
-
-def _comparison(
-    title: str,
-    name: str,
-    changes: dict,
-    image_size: int,
-    batch: int,
-    bottleneck: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Comparison:
+def _comparison(case: Case, device: torch.device) -> Comparison:
+    on_gpu = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    images = torch.randn(batch, 3, image_size, image_size, generator=generator, device=device)
-    labels = torch.randint(_CLASSES, (batch,), generator=generator, device=device)
+    size = case.image_size
+    images = torch.randn(case.batch, 3, size, size, generator=generator, device=device)
+    labels = torch.randint(_CLASSES, (case.batch,), generator=generator, device=device)
 
     def model(backend: str, fused_attn: bool) -> nn.Module:
         torch.manual_seed(0)
-        vit = timm.create_model(name, img_size=image_size, num_classes=_CLASSES, **changes)
-        vit = apply_prefix(vit, bottleneck=bottleneck, init="default", backend=backend).to(device)
+        vit = timm.create_model(case.model, img_size=size, num_classes=_CLASSES, **case.changes)
+        vit = apply_prefix(vit, bottleneck=case.bottleneck, init="default", backend=backend).to(device)
         for module in vit.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused_attn
         return vit
 
-    def loss(network: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return F.cross_entropy(network(images).float(), labels)
+    eager, sdpa = partial(model, "reference", False), partial(model, "torch", True)
 
-    def step(network: nn.Module, compiled: bool) -> Callable[[int], Results]:
+    def step(network: nn.Module, wrap: Callable[[nn.Module], Callable] = _as_it_is) -> Callable[[int], Results]:
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
-        call = torch.compile(network, dynamic=False) if compiled else network
-        return step_of(network, call, optimizer, optimizer.zero_grad)
+        return step_of(network, wrap(network), optimizer, optimizer.zero_grad)
 
-    def flat_step(network: nn.Module) -> Callable[[int], Results]:
+    def flat_step(wrap: Callable[[nn.Module], Callable] = _as_it_is) -> Callable[[int], Results]:
         """As the training package does it: one optimizer call over the arena's flat buffer."""
-        arena = ParameterArena(network)
-        flat = nn.Parameter(arena.flat)
-        flat.grad = arena.attach_gradients()
-        return step_of(network, network, torch.optim.AdamW([flat], lr=0.0, fused=True), arena.zero_gradients)
+        network = model("auto", True)
+        optimizer, zero_gradients = flat_optimizer(network, on_gpu)
+        return step_of(network, wrap(network), optimizer, zero_gradients)
 
     def step_of(
         network: nn.Module, call: Callable, optimizer: torch.optim.Optimizer, zero_gradients: Callable[[], None]
     ) -> Callable[[int], Results]:
         def run(_: int) -> Results:
             zero_gradients()
-            value = loss(call)
+            with case.autocast(device):
+                value = F.cross_entropy(call(images).float(), labels)
             value.backward()
             optimizer.step()
             return value.detach(), network.blocks[0].attn.qkv.weight.grad
@@ -94,24 +124,63 @@ def _comparison(
         return run
 
     def exact() -> Results:
-        network = model("reference", False).double()
+        network = eager().double()
         value = F.cross_entropy(network(images.double()), labels)
         value.backward()
         return value.detach(), network.blocks[0].attn.qkv.weight.grad
 
+    variants = {
+        "eager": lambda: step(eager()),
+        "SDPA": lambda: step(sdpa()),
+        "compiled eager": lambda: step(eager(), compiled),
+        "compiled SDPA": lambda: step(sdpa(), compiled),
+        "fedperfix": flat_step,
+        "compiled fedperfix": lambda: flat_step(compiled),
+        _GRAPH: lambda: _replayed(flat_step(), device),
+    }
+    network = model("auto", True)
     return Comparison(
-        name=title,
-        variants={
-            "eager": step(model("reference", False), compiled=False),
-            "SDPA": step(model("torch", True), compiled=False),
-            "compiled eager": step(model("reference", False), compiled=True),
-            "fedperfix": flat_step(model("auto", True)),
-        },
+        name=str(case),
+        variants={name: variants[name]() for name in case.variants},
         input_sets=1,
         exact=exact,
-        work=batch,
+        work=case.batch,
         unit="images",
-        dtype=dtype,
+        dtype=case.dtype,
         capturable=False,
-        settings={"model": name, "image_size": image_size, "batch": batch, "bottleneck": bottleneck} | changes,
+        settings=case.settings(),
+        parts=step_parts(network, images, partial(case.autocast, device), *flat_optimizer(network, on_gpu)),
+        whole=_GRAPH if on_gpu else "fedperfix",
+        unweighed=(_GRAPH,),
     )
+
+
+def flat_optimizer(network: nn.Module, capturable: bool) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    """AdamW over the flat buffer of a new arena, with step size 0, and what sets the flat gradient to zero."""
+    arena = ParameterArena(network)
+    flat = nn.Parameter(arena.flat)
+    flat.grad = arena.attach_gradients()
+    return torch.optim.AdamW([flat], lr=0.0, fused=True, capturable=capturable), arena.zero_gradients
+
+
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
+
+
+def _replayed(step: Callable[[int], Results], device: torch.device) -> Callable[[int], Results]:
+    """`step` as one CUDA graph, captured at the first call; its results are overwritten by the next one."""
+    graph: torch.cuda.CUDAGraph | None = None
+    results: Results = ()
+
+    def remember(index: int) -> None:
+        nonlocal results
+        results = step(index)
+
+    def run(_: int) -> Results:
+        nonlocal graph
+        if graph is None:
+            graph = capture(remember, 1, 1, device)
+        graph.replay()
+        return results
+
+    return run

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import record, report
-from bench.comparison import Comparison, Plan
-from bench.comparisons import all_plans
+from bench.comparison import Comparison, Plan, Unavailable
+from bench.comparisons import all_plans, attention, step
 from bench.timing import Spread, peak_memory, wall_times
 
 CPU = torch.device("cpu")
@@ -32,7 +32,23 @@ def doubling(**variants) -> Comparison:
 
 def test_wrong_and_nan_results_are_found() -> None:
     comparison = doubling(good=lambda _: (X * 2,), wrong=lambda _: (X * 2.001,), nan=lambda _: (X * float("nan"),))
-    assert set(comparison.wrong()) == {"wrong", "nan"}
+    refused = comparison.refused()
+    assert set(refused) == {"wrong", "nan"}
+    assert all(set(why) == {"failed"} for why in refused.values())
+
+
+def refuse(_: int) -> tuple[torch.Tensor, ...]:
+    raise Unavailable("head size 3 is odd")
+
+
+def test_what_cannot_run_is_unavailable_and_what_raises_has_failed() -> None:
+    comparison = doubling(backend=refuse, broken=lambda _: (torch.ones(2) + torch.ones(3),))
+    refused = comparison.refused()
+    assert refused["backend"] == {"unavailable": "head size 3 is odd"}
+    assert refused["broken"]["failed"].startswith("RuntimeError: The size of tensor a")
+    entry = record.measure(comparison, CPU, 0.01, {"copy_bytes_per_second": 1e9})
+    assert entry["variants"]["backend"] == refused["backend"]
+    assert "no speed, unavailable: head size 3 is odd" in report.comparison_table(entry)
 
 
 def test_a_wrong_variant_gets_no_speed() -> None:
@@ -94,7 +110,90 @@ def test_what_is_compared_computes_the_same(plan: Plan, monkeypatch: pytest.Monk
     )  # compiled code is checked by the recorder
     comparison = plan.build()
     assert tuple(comparison.variants) == plan.variants
-    assert comparison.wrong() == {}
+    assert comparison.refused() == {}
+
+
+def test_compiled_graphs_on_a_gpu_are_as_many_as_the_module_says() -> None:
+    plans = [plan for plan in all_plans(torch.device("cuda")) if plan.name.startswith("attention")]
+    per_call = {plan.name: 2 if "forward + backward" in plan.name else 1 for plan in plans}
+    graphs = sum(
+        per_call[plan.name]
+        for plan in plans
+        for variant in plan.variants
+        if variant.startswith("compiled") or variant == "FlexAttention"
+    )
+    assert f"{graphs} in all" in attention.__doc__
+
+
+@pytest.mark.parametrize("prefix_len", [None, 10])
+@pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
+def test_flex_attention_is_composed_to_the_same_function(mode: str, prefix_len: int | None) -> None:
+    if mode == "additive" and prefix_len:
+        prefix_len = 50  # one per token
+    shape = attention.Shape(2, 3, 50, 16, prefix_len)
+    inputs = attention._inputs(shape, torch.float32, CPU, 0, False)[:3]
+    expected = attention._backend(mode, "reference")(*inputs)
+    torch.testing.assert_close(attention._flex(mode)(*inputs), expected)
+
+
+def test_a_refused_sdpa_backend_says_so_and_other_errors_pass() -> None:
+    shape = attention.Shape(2, 3, 5, 16)
+    *inputs, _ = attention._inputs(shape, torch.float32, CPU, 0, False)
+    functions = {
+        name: attention._available(attention._backend("gated", "torch", kernel))
+        for name, kernel in attention._KERNELS.items()
+    }
+    expected = attention._backend("gated", "reference")(*inputs)
+    torch.testing.assert_close(functions["SDPA flash"](*inputs), expected)
+    with pytest.raises(Unavailable, match="No viable backend"):  # as on a GPU that the kernel does not support
+        functions["SDPA cuDNN"](*inputs)
+
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attention._available(broken)(*inputs)
+
+
+def test_backward_alone_runs_no_forward_after_the_first() -> None:
+    inputs = [attention._inputs(attention.Shape(2, 3, 5, 16), torch.float32, CPU, s, True) for s in range(2)]
+    calls: list[int] = []
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return attention._backend("gated", "torch")(*leaves)
+
+    backward = attention._call(function, "backward", inputs)
+    both = attention._call(attention._backend("gated", "torch"), "forward + backward", inputs)
+    for index in (0, 1, 0, 1):
+        for found, expected in zip(backward(index), both(index)[1:], strict=True):
+            torch.testing.assert_close(found, expected)
+    assert len(calls) == 2
+
+
+def test_limits_of_the_kinds_add_up() -> None:
+    shape = attention.Shape(1, 1, 4, 8, 2)  # 32 elements per tensor of tokens, 16 per prefix
+    assert attention._elements(shape, "forward") == 4 * 32 + 2 * 16
+    assert attention._elements(shape, "backward") == 7 * 32 + 4 * 16
+    assert attention._elements(shape, "forward + backward") == 11 * 32 + 6 * 16
+    assert attention._product(shape, "gated") == attention._product(shape, "concat") == 2 * 4 * (4 + 2) * 8
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    comparison = step._comparison(step.CPU_CASES[0], CPU)
+    assert list(comparison.parts) == ["attention", "adapter", "projections", "MLP", "optimizer"]
+    shares = record.shares(comparison, CPU, 0.0, {})
+    assert all(seconds > 0 for seconds in shares["parts"].values())
+    assert sum(shares["parts"].values()) + shares["rest"] == pytest.approx(shares["seconds"])
+    assert sum(shares["parts"].values()) > 0.3 * shares["seconds"]
+    table = report.comparison_table(
+        {"name": "x", "unit": "images", "variants": {"a": {"failed": ""}}, "shares": shares}
+    )
+    assert "| rest |" in table
+    refused = record.shares(comparison, CPU, 0.0, {"fedperfix": {"failed": "wrong"}})
+    assert refused == {"of": "fedperfix", "failed": "wrong"}
 
 
 def committed_records() -> list[Path]:
