@@ -155,6 +155,11 @@ class TrainConfig:
         choices=lambda: PRECISIONS,
     )
     fused: bool = _option(True, "Training", "fused attention and aggregation, or the plain reference")
+    compile: bool = _option(
+        False,
+        "Training",
+        "compile the training step with torch.compile: about a minute at the start, faster steps afterwards",
+    )
     device: str = _option("auto", "Training", "auto, cpu, cuda, cuda:N or mps")
     seed: int = _option(0, "Training", "seed of every random choice", at_least=0)
 

@@ -38,13 +38,26 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The reduced type in which forward and backward run, or None for float32.
 
     Args:
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 on a GPU that computes in it, fp32 elsewhere.
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 on a GPU or a processor that computes in it, fp32
+            elsewhere.
         device: where the model is.
     """
     if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
+        native = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": cpu_computes_in_bf16,
+        }.get(device.type, lambda: False)
+        precision = "bf16" if native() else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16).
+
+    Others emulate it, which is slower than float32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def synchronize(device: torch.device) -> None:

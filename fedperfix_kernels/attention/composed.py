@@ -41,7 +41,9 @@ def prefix_attention(
         prefix_v = prefix_v * some_keys if mode == "additive" else prefix_v
     if mode == "gated":
         # The gate goes to the prefix values, of which there are no more than outputs.
-        branches = [(k, v, mask), (prefix_k, g * prefix_v, None)]
+        branches = [(k, v, mask)]
+        if prefix_k.shape[1] or prefix_k.requires_grad or prefix_v.requires_grad:
+            branches.append((prefix_k, g * prefix_v, None))
     elif mode == "additive":
         branches = [(torch.addcmul(k, g, prefix_k), torch.addcmul(v, g, prefix_v), mask)]
     else:

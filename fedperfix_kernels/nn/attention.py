@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedperfix_kernels.attention import MODES, packed_prefix_attention, prefix_attention
-from fedperfix_kernels.backends import BACKENDS
+from fedperfix_kernels.backends import BACKENDS, resolve
 from fedperfix_kernels.checks import check_choice, check_tensor, describe, message
-from fedperfix_kernels.nn.prefixes import check_size, make_prefix
+from fedperfix_kernels.nn.prefixes import AdapterPrefix, check_size, make_prefix
 
 
 class PrefixAttention(nn.Module):
@@ -139,40 +140,69 @@ class PrefixAttention(nn.Module):
 
         Args:
             x: [B, N, C].
-            attn_mask, is_causal: accepted for timm's sake; only None and False.
+            attn_mask: None; bool [B, 1, 1, N] or [B, N], False for tokens that are no keys; or a float bias
+                [H, N, N], [1, H or 1, N, N] or [B, H or 1, N, N] of the scores. The prefix is never masked.
+            is_causal: accepted for timm's sake; only False.
 
         Returns:
             [B, N, dim_out].
 
         Raises:
-            ValueError: a mask, attention dropout while training, x of another shape, or `additive` with another
-                number of prefix tokens than N.
+            ValueError: a mask of another kind, attention dropout while training, x of another shape, or `additive`
+                with another number of prefix tokens than N.
             TypeError: x is no tensor.
         """
-        self._check(x, attn_mask, is_causal)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
-        pair = self.prefix(x)  # [B or 1, L, 2, H, D]
-        options = {"mode": self.mode, "scale": self.scale, "backend": self.backend}
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            out = packed_prefix_attention(qkv, pair, self.prefix.gate, **options)
-        else:
-            q, k, v = qkv.unbind(2)
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-            out = prefix_attention(q, k, v, *pair.unbind(2), self.prefix.gate, **options)
+        self._check(x, is_causal)
+        masks = _mask_options(attn_mask, x)
+        out = self._additive(x, masks) if self._adds_in_the_projection(x) else self._attend(x, masks)
         out = self.norm(out.flatten(2))  # [B, N, H·D]
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _attend(self, x: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        """Attention over the tokens and the prefix pair: [B, N, H, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        pair = self.prefix(x)  # [B or 1, L, 2, H, D]
+        options = {"mode": self.mode, "scale": self.scale, "backend": self.backend, **masks}
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return packed_prefix_attention(qkv, pair, self.prefix.gate, **options)
+        q, k, v = qkv.unbind(2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return prefix_attention(q, k, v, *pair.unbind(2), self.prefix.gate, **options)
+
+    def _adds_in_the_projection(self, x: Tensor) -> bool:
+        """Whether `additive` can be one product: the layers are plain, and nobody asked for the reference."""
+        if self.mode != "additive" or not isinstance(self.prefix, AdapterPrefix):
+            return False
+        layers = (self.qkv, self.prefix.up)
+        plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+        return plain and isinstance(self.k_norm, nn.Identity) and resolve(self.backend, x.device) != "reference"
+
+    def _additive(self, x: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        """`additive` without a prefix pair: [B, N, H, D].
+
+        [k | v] + g·[p_k | p_v] = [x | h]·[W_kv ; g·W_up] + (b_kv + g·b_up), h = tanh(down(x)). The sum is made by the
+        projection, so the pair is neither written nor read (attention/NOTES.md has the figures).
+        """
+        hidden = self.prefix.hidden(x)
+        weight, bias, up = self.qkv.weight, self.qkv.bias, self.prefix.up
+        gate = self.prefix.gate.repeat_interleave(self.head_dim).repeat(2)  # [2·H·D]
+        kv_bias = gate * up.bias if bias is None else bias[self.attn_dim :] + gate * up.bias
+        kv_weight = torch.cat([weight[self.attn_dim :], gate[:, None] * up.weight], dim=1)  # [2·H·D, C + R]
+        kv = F.linear(torch.cat([x.to(hidden.dtype), hidden], dim=-1), kv_weight, kv_bias)
+        q = F.linear(x, weight[: self.attn_dim], None if bias is None else bias[: self.attn_dim])
+        q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).to(kv.dtype)
+        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
+        none = q.new_empty(q.shape[0], 0, *q.shape[2:])
+        return prefix_attention(q, k, v, none, none, 0.0, scale=self.scale, backend=self.backend, **masks)
+
+    def _check(self, x: Tensor, is_causal: bool) -> None:
         check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(message("x", describe(x), f"shape [batch, tokens, {self.qkv.in_features}]"))
-        if attn_mask is not None or is_causal:
-            raise ValueError(
-                "attn_mask, is_causal: got a mask, takes none (every token attends to every token); "
-                "keep timm's Attention for masked models"
-            )
+        if is_causal:
+            raise ValueError(message("is_causal", "True", "False", "keep timm's Attention for causal models"))
         if self.training and self.attn_drop.p > 0:
             raise ValueError(
                 f"attn_drop: got {self.attn_drop.p} while training, takes 0; "
@@ -181,6 +211,24 @@ class PrefixAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, head_dim={self.head_dim}, mode={self.mode!r}, backend={self.backend!r}"
+
+
+def _mask_options(attn_mask: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+    """timm's `attn_mask` as the key mask or the bias of `prefix_attention`."""
+    if attn_mask is None:
+        return {}
+    check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool:
+        return {"bias": attn_mask}
+    batch, tokens, _ = x.shape
+    if attn_mask.shape == (batch, tokens):
+        return {"key_mask": attn_mask}
+    if attn_mask.shape == (batch, 1, 1, tokens):
+        return {"key_mask": attn_mask[:, 0, 0]}
+    takes = (
+        f"bool of shape [{batch}, 1, 1, {tokens}] or [{batch}, {tokens}] (which tokens are keys), or a float bias"
+    )
+    raise ValueError(message("attn_mask", describe(attn_mask), takes))
 
 
 def _keep_prefix_when_missing(

@@ -84,9 +84,13 @@ class AdapterPrefix(Prefix):
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """h = tanh(down(x)): [B, N, R] from x [B, N, C]."""
+        return torch.tanh(self.down(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, 2, H, D] from x [B, N, C]."""
-        return self._packed(self.up(torch.tanh(self.down(x))))
+        return self._packed(self.up(self.hidden(x)))
 
 
 class TokenPrefix(Prefix):

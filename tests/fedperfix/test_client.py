@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fedperfix.config import ConfigError
+from fedperfix.engine import device
 from fedperfix.engine.client import make_optimizer
 from fedperfix.engine.device import autocast_dtype, resolve_device
 from tests.fedperfix import tiny
@@ -142,9 +144,33 @@ def test_an_overflow_in_fp16_skips_the_step_instead_of_spoiling_the_model() -> N
     assert torch.equal(worker.arena.flat, before)
 
 
-def test_auto_is_full_precision_on_a_cpu() -> None:
-    assert autocast_dtype("auto", tiny.CPU) is None
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_on_a_cpu_is_bf16_where_the_processor_computes_in_it(native: bool, monkeypatch) -> None:
+    monkeypatch.setattr(device, "cpu_computes_in_bf16", lambda: native)
+    assert autocast_dtype("auto", tiny.CPU) == (torch.bfloat16 if native else None)
+    assert autocast_dtype("fp32", tiny.CPU) is None
     assert resolve_device("cpu") == tiny.CPU
+
+
+def test_the_processor_is_asked() -> None:
+    capabilities = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if not capabilities:
+        pytest.skip("no /proc/cpuinfo here")
+    assert device.cpu_computes_in_bf16() == any(flag in capabilities for flag in ("amx_bf16", "avx512_bf16"))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_takes_the_same_steps() -> None:
+    """Two batches of full size and a smaller last one; both ways round differently, so almost the same."""
+    trained = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        worker, state, _ = tiny.federation(precision="fp32", batch_size=4, compile=compiled)
+        client = worker.load(2, state, 1)
+        assert client.train(epochs=1) == 3
+        trained.append(worker.arena.flat.clone())
+    assert not torch.equal(trained[0], state.server.shared[0])
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

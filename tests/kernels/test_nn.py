@@ -343,6 +343,49 @@ def test_options_of_a_wrong_type(options: dict, text: str) -> None:
         PrefixAttention(48, num_heads=3, **options)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_additive_in_the_projection_is_additive_in_the_attention(backend: str, bias: bool, device) -> None:
+    """One product over [x | h] against the formula, with every gradient."""
+    layer = PrefixAttention(
+        48, num_heads=3, qkv_bias=bias, mode="additive", bottleneck=8, gate=0.7, init="default", backend=backend
+    )
+    layer = layer.to(device)
+    exact = copy.deepcopy(layer).double()
+    set_backend(exact, "reference")
+    x = torch.randn(2, 9, 48, device=device)
+    assert layer._adds_in_the_projection(x)
+    assert not exact._adds_in_the_projection(x)
+    out, expected = layer(x), exact(x.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, found), reference in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.double(), reference.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_hooked_projection_is_called(device) -> None:
+    layer = PrefixAttention(48, num_heads=3, mode="additive", bottleneck=8).to(device)
+    called = []
+    layer.prefix.up.register_forward_hook(lambda *_: called.append(1))
+    layer(torch.randn(2, 9, 48, device=device))
+    assert called == [1]
+
+
+def test_masks_in_the_form_that_timm_gives_them() -> None:
+    """Key padding as bool, and scores' biases as float, against timm's own layer with a gate of zero."""
+    layer = PrefixAttention(48, num_heads=3, gate=0.0).eval()
+    own = Attention(48, num_heads=3, qkv_bias=False)
+    own.load_state_dict({name: x for name, x in layer.state_dict().items() if not name.startswith("prefix.")})
+    x = torch.randn(2, 9, 48)
+    key_mask = torch.arange(9) < torch.tensor([[9], [6]])
+    padded = own(x, attn_mask=key_mask[:, None, None])
+    torch.testing.assert_close(layer(x, attn_mask=key_mask[:, None, None]), padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x, attn_mask=key_mask), padded, rtol=1e-5, atol=1e-6)
+    bias = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(layer(x, attn_mask=bias), own(x, attn_mask=bias), rtol=1e-5, atol=1e-6)
+
+
 def test_what_it_cannot_do_names_the_way_out() -> None:
     layer = PrefixAttention(48, num_heads=3, attn_drop=0.1)
     x = torch.randn(2, 9, 48)
@@ -350,9 +393,13 @@ def test_what_it_cannot_do_names_the_way_out() -> None:
         layer(x)
     layer.eval()
     assert layer(x).shape == x.shape
-    with pytest.raises(ValueError, match="keep timm's Attention"):
+    with pytest.raises(
+        ValueError, match=r"attn_mask: got shape \(9, 9\), torch.bool.*takes bool of shape \[2, 1, 1, 9\]"
+    ):
+        layer(x, attn_mask=torch.ones(9, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"bias: got shape \(9, 9\)"):
         layer(x, attn_mask=torch.zeros(9, 9))
-    with pytest.raises(ValueError, match="is_causal"):
+    with pytest.raises(ValueError, match="is_causal: got True.*keep timm's Attention"):
         layer(x, is_causal=True)
     with pytest.raises(ValueError, match=r"x: got shape \(2, 9, 40\)"):
         layer(x[..., :40])
