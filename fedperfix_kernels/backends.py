@@ -38,7 +38,7 @@ def resolve(backend: str | None, device: torch.device) -> str:
     backend = "auto" if backend is None else backend
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return "triton" if HAS_TRITON and device.type == "cuda" else "torch"
+        return "triton" if device.type == "cuda" and not _triton_obstacle(device) else "torch"
     if backend == "triton":
         obstacle = _triton_obstacle(device)
         if obstacle:
@@ -54,13 +54,17 @@ def explain(backend: str | None, device: torch.device) -> str:
     if name == "triton":
         return f"triton (fused kernels on {torch.cuda.get_device_name(device)})"
     if device.type == "cuda":
-        return "torch (the triton package is not installed)"
+        return f"torch ({_triton_obstacle(device)})"
     return f"torch (no Triton kernels on '{device.type}': PyTorch's own operations, composed)"
 
 
 def _triton_obstacle(device: torch.device) -> str:
     if not HAS_TRITON:
         return "the triton package is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major < 8:
+            return f"Triton needs compute capability 8.0 or newer and {gpu.name} has {gpu.major}.{gpu.minor}"
     if device.type == "cuda" or (device.type == "cpu" and INTERPRETING):
         return ""
     return f"the tensors are on '{device.type}' and Triton kernels need a GPU"

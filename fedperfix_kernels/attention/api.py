@@ -191,9 +191,6 @@ def _check_triton(q: Tensor) -> None:
     if q.dtype == torch.float64 and q.device.type == "cuda":
         takes = "float16, bfloat16 or float32 with the triton backend"
         raise TypeError(message("q", "float64", takes, "use backend='torch'"))
-    if q.dtype == torch.bfloat16 and q.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        takes = "a GPU of compute capability 8.0 or newer for bfloat16"
-        raise TypeError(message("q", f"bfloat16 on {torch.cuda.get_device_name(q.device)}", takes, "use float16"))
 
 
 def _gate_per_head(gate: float | Tensor, q: Tensor, clients: int | None) -> Tensor:

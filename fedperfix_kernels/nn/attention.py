@@ -182,8 +182,8 @@ class PrefixAttention(nn.Module):
     def _additive(self, x: Tensor, masks: dict[str, Tensor]) -> Tensor:
         """`additive` without a prefix pair: [B, N, H, D].
 
-        [k | v] + g·[p_k | p_v] = [x | h]·[W_kv ; g·W_up] + (b_kv + g·b_up), h = tanh(down(x)). The sum is made by the
-        projection, so the pair is neither written nor read (attention/NOTES.md has the figures).
+        [k | v] + g·[p_k | p_v] = [x | h]·[W_kv ; g·W_up] + (b_kv + g·b_up), h = tanh(down(x)). The projection makes
+        the sum, so the pair is neither written nor read (attention/NOTES.md has the figures).
         """
         hidden = self.prefix.hidden(x)
         weight, bias, up = self.qkv.weight, self.qkv.bias, self.prefix.up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,25 @@ def test_auto_is_never_the_interpreter() -> None:
     assert backends.resolve("auto", CPU) == "torch"
 
 
-def test_auto_is_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    gpu = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends, "HAS_TRITON", True)
+
+
+def test_auto_is_torch_on_a_gpu_that_triton_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 has no bfloat16 and no Triton: it runs PyTorch's operations, and an explicit choice says why not."""
+    pretend_gpu(monkeypatch, 7, 5)
+    cuda = torch.device("cuda")
+    assert backends.resolve("auto", cuda) == "torch"
+    assert "needs compute capability 8.0 or newer and Some GPU has 7.5" in explain("auto", cuda)
+    with pytest.raises(ValueError, match=r"backend: got 'triton', but Triton needs .*; use backend='torch'"):
+        backends.resolve("triton", cuda)
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, 8, 6)
     assert backends.resolve("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     assert backends.resolve("auto", torch.device("cuda")) == "torch"
