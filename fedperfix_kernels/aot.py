@@ -7,6 +7,7 @@ with 1 if a variant spills. It needs Linux and the triton package, whose wheel c
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -175,6 +176,15 @@ def _compile_by_name(job: tuple[str, str]) -> Resources:
         raise RuntimeError(f"{name} does not compile for {target}: {error}") from None
 
 
+def source_digest() -> str:
+    """Twelve hexadecimal digits of what compiled code depends on: kernels, configurations, variants."""
+    folder = Path(__file__).parent
+    patterns = ("attention/kernels/*.py", "aggregation/triton_kernels.py", "aggregation/network.py")
+    patterns += ("*/configs.*", "*/variants.py")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def table(resources: list[Resources]) -> str:
     """The resources as a Markdown table: a row per variant, `registers / spilled bytes / shared KiB` per target."""
     targets = list(dict.fromkeys(item.target for item in resources))
@@ -207,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--match: got {arguments.match!r}, takes a part of a variant's name")
     text = (
         f"Triton {triton.__version__}: registers / spilled bytes per thread / shared memory (KiB), "
-        f"and the matrix instruction.\n\n{table(resources)}\n"
+        f"and the matrix instruction. Sources {source_digest()}.\n\n{table(resources)}\n"
     )
     print(text)
     if arguments.output:
