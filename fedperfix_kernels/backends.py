@@ -61,7 +61,7 @@ def explain(backend: str | None, device: torch.device) -> str:
 def _triton_obstacle(device: torch.device) -> str:
     if not HAS_TRITON:
         return "the triton package is not installed"
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(device)
         if gpu.major < 8:
             return f"Triton needs compute capability 8.0 or newer and {gpu.name} has {gpu.major}.{gpu.minor}"

@@ -117,7 +117,7 @@ def test_a_federation_learns() -> None:
 
 @pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
 def test_fused_and_plain_reference_give_the_same_curves(mode: str) -> None:
-    options = ("--mode", mode, "--init", "default", "--gate", "0.7", "--eval-every", "1")
+    options = ("--mode", mode, "--init", "default", "--gate", "0.7", "--eval-every", "1", "--precision", "fp32")
     assert run("--fused", "--run-dir", "fused", *options, rounds=3) == 0
     assert run("--no-fused", "--run-dir", "plain", *options, rounds=3) == 0
     for fused, plain in zip(curves("fused"), curves("plain"), strict=True):

@@ -21,6 +21,7 @@ def test_auto_is_never_the_interpreter() -> None:
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
     gpu = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends, "HAS_TRITON", True)
