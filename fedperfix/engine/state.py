@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -94,6 +94,19 @@ class FederatedState:
             **{f"server.{name}": value for name, value in self.server.state.items()},
             **{f"client.{name}": value for name, value in self.client_state.items()},
         }
+
+    def keep(self, clients: Sequence[int], local: Tensor, own: Mapping[str, Tensor]) -> None:
+        """Write what clients keep after a round into their rows of the tables.
+
+        Args:
+            clients: their numbers.
+            local: [K, P_local] their local parameters.
+            own: the method's client state, by name: [K, *shape].
+        """
+        target = torch.tensor(clients, device=self.personal.device)
+        self.personal[target] = local.to(self.personal.device)
+        for name, values in own.items():
+            self.client_state[name][target] = values.to(self.personal.device)
 
     @contextmanager
     def transaction(self, clients: Sequence[int]) -> Iterator[None]:

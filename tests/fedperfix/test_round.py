@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fedperfix.engine.client import Client
-from fedperfix.engine.round import finite_rows, run_round, sample_clients
+from fedperfix.engine.round import run_round, sample_clients
+from fedperfix.engine.screen import finite_rows
 from fedperfix.methods import METHODS, Method
 from tests.fedperfix import tiny
 
