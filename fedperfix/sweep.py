@@ -324,6 +324,10 @@ def read_command(
         raise ConfigError(f"{option_name(min(own))}: --methods, --seeds and --out say it; leave it out")
     study = read_study(file) if file else Study(rows=())
     if not study.rows:
+        if file and not methods and not arguments.methods:
+            raise ConfigError(
+                f"{file}: names no methods; give --methods, or take python -m fedperfix.sensitivity for layers"
+            )
         methods = methods or {name: {} for name in _DEFAULT_METHODS}
         study = replace(study, rows=tuple(methods), methods=methods)
     study = _choose(study, arguments)

@@ -151,7 +151,7 @@ def play(federation: Federation, run: Run, console: Console) -> int:
     with (
         contextlib.ExitStack() as resources,
         interruptible() as poll,
-        display(console, config.rounds, state.round) as screen,
+        display(console, config.rounds, state.round, _kind(federation.dataset)) as screen,
     ):
         worker.poll = poll
         log = resources.enter_context(_tensorboard(config, run.folder))
@@ -231,6 +231,10 @@ def _name(federation: Federation) -> str:
     """The data set's own name, and how it is read where that is not the same."""
     own, given = federation.dataset.name, federation.config.dataset
     return own if own == given else f"{own} ({given})"
+
+
+def _kind(dataset: Dataset) -> str:
+    return "texts" if dataset.is_text else "images"
 
 
 def _samples(federation: Federation) -> str:

@@ -19,6 +19,7 @@ from fedperfix.data.medmnist import MULTI_LABEL, load_medmnist
 from fedperfix.data.partition import Options, Partition, make_partition
 from fedperfix.data.partition.file import PARTITION, read_partition
 from fedperfix.data.preprocess import Preprocess
+from fedperfix.data.text_files import load_texts
 from fedperfix.data.texts import text_dataset
 from fedperfix.data.trees import load_domain_folder, load_image_folder
 from fedperfix.data.wordnet import load_wordnet
@@ -29,10 +30,11 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "npz": load_npz,
+    "texts": load_texts,
     "wordnet-glosses": load_wordnet,
 }
 # Those of them whose samples are texts.
-TEXT_DATASETS = ("wordnet-glosses",)
+TEXT_DATASETS = ("wordnet-glosses", "texts")
 # or one that also takes the run's `--image-size` and `--cache-dir`.
 SIZED_DATASETS: dict[str, Callable[[Path | None, int | None, Path | None], Dataset]] = {
     "image-folder": load_image_folder,

@@ -27,16 +27,17 @@ class Display(Protocol):
 
 
 @contextmanager
-def display(console: Console, rounds: int, finished: int) -> Iterator[Display]:
+def display(console: Console, rounds: int, finished: int, samples: str = "images") -> Iterator[Display]:
     """Show the progress of a run: live on a terminal, one line per round elsewhere.
 
     Args:
         console: where to.
         rounds: how many the run has.
         finished: how many of them are already done.
+        samples: what is counted per second.
     """
     if not console.is_terminal:
-        yield Lines(console, rounds, finished)
+        yield Lines(console, rounds, finished, samples)
         return
     columns = (
         TextColumn("{task.description:<8}"),
@@ -46,14 +47,15 @@ def display(console: Console, rounds: int, finished: int) -> Iterator[Display]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=4, speed_estimate_period=600) as progress:
-        yield Live(progress, rounds, finished)
+        yield Live(progress, rounds, finished, samples)
 
 
 class Live:
     """Two bars: rounds, with accuracy, speed and time left, and clients of the current round."""
 
-    def __init__(self, progress: Progress, rounds: int, finished: int) -> None:
+    def __init__(self, progress: Progress, rounds: int, finished: int, samples: str) -> None:
         self._progress = progress
+        self._samples = samples
         self._rounds = progress.add_task("rounds", total=rounds, completed=finished, figures="")
         self._clients = progress.add_task("clients", total=None, figures="")
         self._accuracy = ""
@@ -64,7 +66,8 @@ class Live:
     def round(self, metrics: RoundMetrics) -> None:
         if metrics.headline:
             self._accuracy = f"  all {metrics.headline_mean:.1f} %"
-        figures = f"local {metrics.local_mean:.1f} %{self._accuracy}  {metrics.images_per_second:,.0f} images/s"
+        speed = f"{metrics.images_per_second:,.0f} {self._samples}/s"
+        figures = f"local {metrics.local_mean:.1f} %{self._accuracy}  {speed}"
         self._progress.update(self._rounds, completed=metrics.round, figures=figures)
         if metrics.dropped:
             self._progress.console.print(dropped_line(metrics))
@@ -73,8 +76,9 @@ class Live:
 class Lines:
     """One plain line per round."""
 
-    def __init__(self, console: Console, rounds: int, finished: int) -> None:
+    def __init__(self, console: Console, rounds: int, finished: int, samples: str) -> None:
         self._console = console
+        self._samples = samples
         self._rounds = rounds
         self._first = finished
         self._start = time.monotonic()
@@ -88,7 +92,7 @@ class Lines:
         parts = [f"local {metrics.local_mean:5.1f} %"]
         if metrics.headline:
             parts.append(f"{HEADLINES[metrics.headline]} {metrics.headline_mean:5.1f} %")
-        parts += [f"{metrics.images_per_second:,.0f} images/s", f"{clock(left)} left"]
+        parts += [f"{metrics.images_per_second:,.0f} {self._samples}/s", f"{clock(left)} left"]
         width = len(str(self._rounds))
         print_plain(self._console, f"round {metrics.round:>{width}}/{self._rounds}  " + "  ".join(parts))
         if metrics.dropped:

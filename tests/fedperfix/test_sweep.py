@@ -190,6 +190,17 @@ def test_a_file_and_options_together(tmp_path: Path, monkeypatch) -> None:
     assert {run.config.lr for run in runs} == {2.0}
 
 
+def test_a_file_without_methods_does_not_run_others(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "layers.toml"
+    file.write_text("seeds = [0]\n")
+    assert main([str(file), "--dry-run"]) == 2
+    assert "layers.toml: names no methods; give --methods, or take" in capsys.readouterr().err
+    study, _ = read_command([str(file), "--methods", "local"])
+    assert study.rows == ("local",)
+    study, _ = read_command([str(file)], methods={"head": {"method": "fedper"}})
+    assert study.rows == ("head",)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
