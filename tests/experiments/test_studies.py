@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedperfix.report import layers
 from fedperfix.report.__main__ import read_published
 from fedperfix.report.runs import by_row, read_runs
 from fedperfix.sweep import read_command
@@ -21,12 +22,13 @@ NINE = {
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*-cpu.toml")), ids=lambda path: path.stem)
 def test_the_studies_for_a_processor(path: Path) -> None:
-    runs = read_command([str(path), "--data-dir", "file.npz"])[0].runs()
+    rows = layers.ROWS if path.stem == "sensitivity-cpu" else None
+    runs = read_command([str(path), "--data-dir", "file.npz"], methods=rows)[0].runs()
     assert {run.config.device for run in runs} == {"cpu"}
     if path.stem != "sensitivity-cpu":
         assert {run.row for run in runs if run.config.seed == 2} == NINE
         assert {run.row for run in runs if run.config.seed == 0} > NINE
-    first = read_command([str(path), "--config", str(EXPERIMENTS / "cpu-subset.toml")])[0].runs()[0]
+    first = read_command([str(path), "--config", str(EXPERIMENTS / "cpu-subset.toml")], methods=rows)[0].runs()[0]
     assert first.config.image_size == 32
 
 
