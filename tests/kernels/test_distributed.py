@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -42,23 +43,30 @@ def train(rank: int, wrapper: str, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
-    network, own = model(), batch().chunk(WORLD)[rank]
-    if wrapper == "DDP":
-        network = nn.parallel.DistributedDataParallel(network)
-        step(network, own)
-        state = network.module.state_dict()
-    else:
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import init_device_mesh
-
-        mesh = init_device_mesh("cpu", (WORLD,))
-        fully_shard(network[0], mesh=mesh)
-        fully_shard(network, mesh=mesh)
-        step(network, own)
-        state = {name: x.full_tensor() for name, x in network.state_dict().items()}
+    state = trained(wrapper, batch().chunk(WORLD)[rank])
     if rank == 0:
         torch.save(state, os.path.join(folder, "state.pt"))
+    # Gloo's threads end with the last reference to their group: DDP's must be gone before the interpreter is, or a
+    # thread that frees a tensor then aborts the process.
+    gc.collect()
     dist.destroy_process_group()
+
+
+def trained(wrapper: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parameters after some steps of the wrapped model, of which each process passes its own batch."""
+    network = model()
+    if wrapper == "DDP":
+        network = nn.parallel.DistributedDataParallel(network)
+        step(network, x)
+        return {name: value.clone() for name, value in network.module.state_dict().items()}
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(network[0], mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    step(network, x)
+    return {name: value.full_tensor().clone() for name, value in network.state_dict().items()}
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP"])
