@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -165,9 +166,7 @@ class Group:
     def _check_gpus(self, name: str, device: torch.device) -> None:
         found = torch.cuda.device_count()
         if device.index is not None:
-            raise ConfigError(
-                f"--device: got '{name}', takes cuda with several processes, which gives each its own GPU"
-            )
+            raise ConfigError(f"--device: got '{name}', takes cuda with several processes: each has its own GPU")
         if self.local_size > found:
             raise ConfigError(
                 f"--device: got '{name}' with {self.local_size} processes on a host with {found} "
@@ -184,9 +183,7 @@ class Group:
         given = self.all_gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
         with self.together():
             if not given.eq(given[0]).all():
-                raise ConfigError(
-                    f"{what} differ between the processes; start torchrun with the same on every host"
-                )
+                raise ConfigError(f"{what} differ between the hosts; start torchrun with the same on each of them")
 
     def share_text(self, text: str, source: int = 0) -> str:
         """The text that process `source` has."""
@@ -284,10 +281,15 @@ class Group:
             self.lost = True
             if not self.leader:
                 raise Ended(1) from error
-            reason = str(error).strip().splitlines()[0]
-            raise ProcessLost(
-                f"another process ended, or did not answer for {self.timeout:g} s ({reason})"
-            ) from error
+            raise ProcessLost(self._loss(str(error))) from error
+
+    def _loss(self, reason: str) -> str:
+        """What torch.distributed's text for a failed exchange means."""
+        if re.search("timeout|timed out", reason, re.IGNORECASE):
+            return f"another process did not answer for {self.timeout:g} s"
+        if re.search("reset|closed|broken pipe", reason, re.IGNORECASE):
+            return "another process ended"
+        return f"the exchange with the other processes failed ({reason.strip().splitlines()[0]})"
 
 
 @dataclass(frozen=True)
