@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ class Federation:
     state: FederatedState
     dataset: Dataset
     partition: Partition
-    group: Group = field(default_factory=Group)
+    group: Group = ALONE
 
 
 @dataclass
@@ -174,29 +174,42 @@ def resume(federation: Federation) -> Run:
 
 
 def play(federation: Federation, run: Run, console: Console) -> int:
-    """Play the rounds that are left, writing metrics after each, until the end or an interruption."""
+    """Play the rounds that are left, writing metrics after each, until the end or an interruption.
+
+    Returns:
+        0, 130 when it was interrupted and saved, or 1 when a process was lost and the run was saved.
+    """
+    with interruptible() as poll:
+        federation.worker.poll = poll
+        ended = _rounds(federation, run, console)
+        if ended is not None:
+            reason = str(ended) or "interrupted"
+            print_plain(console, f"{reason} after round {federation.state.round}; the run is saved. To go on:")
+            print_plain(console, f"  python -m fedperfix.train --resume {run.folder}")
+            return 1 if isinstance(ended, ProcessLost) else 130
+    if federation.group.leader:
+        _plot(run, federation)
+    return 0
+
+
+def _rounds(federation: Federation, run: Run, console: Console) -> Interrupted | ProcessLost | None:
+    """Play the rounds that are left; returns what ended them early, after the last finished round is saved."""
     config, worker, state, group = federation.config, federation.worker, federation.state, federation.group
     file = run.folder / checkpoint.CHECKPOINT
     saved = state.round
-    ended: Interrupted | ProcessLost | None = None
-    with (
-        contextlib.ExitStack() as resources,
-        interruptible() as poll,
-        display(console, config.rounds, state.round, _kind(federation.dataset)) as screen,
-    ):
-        worker.poll = poll
-        if group.leader:
-            log = resources.enter_context(_tensorboard(config, run.folder))
+    with contextlib.ExitStack() as resources:
+        screen = resources.enter_context(display(console, config.rounds, state.round, _kind(federation.dataset)))
+        log = resources.enter_context(_tensorboard(config, run.folder)) if group.leader else None
         clock = time.perf_counter()
         try:
             while state.round < config.rounds:
                 with group.together():
-                    poll()
+                    worker.poll()
                 last = state.round + 1 == config.rounds
                 due = last or (state.round + 1) % config.eval_every == 0
                 result = run_round(worker, state, config, evaluate_all=due, progress=screen.client, group=group)
                 with group.together():
-                    if not group.leader:
+                    if log is None:
                         continue
                     now = time.perf_counter()
                     record = RoundMetrics.of(result, now - clock)
@@ -214,15 +227,8 @@ def play(federation: Federation, run: Run, console: Console) -> int:
         except (Interrupted, ProcessLost) as error:
             if group.leader and saved < state.round:
                 checkpoint.save(file, state, worker.arena, config)
-            ended = error
-    if ended is not None:
-        reason = str(ended) or "interrupted"
-        print_plain(console, f"{reason} after round {state.round}; the run is saved. To go on:")
-        print_plain(console, f"  python -m fedperfix.train --resume {run.folder}")
-        return 1 if isinstance(ended, ProcessLost) else 130
-    if group.leader:
-        _plot(run, federation)
-    return 0
+            return error
+    return None
 
 
 def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ rows of a run in one process, and sends the result to all; or, with `--reduction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -111,20 +111,27 @@ def aggregate_sums(
     """
     everyone = _share_kept(group, turns, spread)
     good = torch.zeros(len(spread.mine), dtype=torch.uint8)
-    good[screen(turns) if spread.mine else []] = 1
+    with group.together():
+        good[screen(turns) if spread.mine else []] = 1
     kept = group.all_rows(good, spread).nonzero().flatten().tolist()
     clients = tuple(spread.clients[row] for row in kept)
     if clients:
         share = dict(zip(clients, weights(clients).tolist(), strict=True))
-        # Apple's GPUs have no float64.
-        where = torch.device("cpu") if turns.rows.device.type == "mps" else turns.rows.device
-        total = torch.zeros(turns.shared_numel, dtype=torch.float64, device=where)
-        for client, row in zip(spread.mine, turns.shared, strict=True):
-            if client in share:
-                total.add_(row.to(where, torch.float64), alpha=share[client])
+        with group.together():
+            total = _partial_sum(turns, share)
         group.add_up(total)
         state.server.shared.copy_(total)
     return everyone, kept
+
+
+def _partial_sum(turns: Turns, share: Mapping[int, float]) -> Tensor:
+    """Sum of the uploads times their clients' shares, float64 [P_shared]; clients without a share are left out."""
+    where = torch.device("cpu") if turns.rows.device.type == "mps" else turns.rows.device  # Apple's lack float64
+    total = torch.zeros(turns.shared_numel, dtype=torch.float64, device=where)
+    for client, row in zip(turns.clients, turns.shared, strict=True):
+        if client in share:
+            total.add_(row.to(where, torch.float64), alpha=share[client])
+    return total
 
 
 def share_state(group: Group, state: FederatedState) -> None:

@@ -30,11 +30,13 @@ from fedperfix.engine.device import resolve_device
 from fedperfix.run.interrupt import Interrupted
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds that a process waits at its end for the others, which may still print, plot or save.
+_FAREWELL = 60.0
 _Result = TypeVar("_Result")
 
 
 class ProcessLost(Exception):
-    """Another process ended or does not answer; the message says what is known."""
+    """Another process failed, ended or does not answer; the message says what is known."""
 
 
 class PeerError(ConfigError):
@@ -55,7 +57,7 @@ class _Outcome(IntEnum):
     FAULT = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The processes of a run; by default this one alone.
 
@@ -99,8 +101,8 @@ class Group:
         Raises:
             Interrupted: in all processes, if one was asked to end.
             PeerError: in process 0, for wrong input that another one found.
-            Ended: in the others, and in all if another process has a fault, whose traceback that process shows.
-            ProcessLost: in process 0, if another one is gone.
+            ProcessLost: in process 0, if another one is gone, or has a fault, whose traceback that one shows.
+            Ended: in the others.
         """
         if self.size == 1:
             yield
@@ -134,6 +136,8 @@ class Group:
         elif first == self.rank:
             assert error is not None
             raise error
+        elif self.leader and worst == _Outcome.FAULT:
+            raise ProcessLost(f"process {first} failed") from error
         raise Ended(code) from error
 
     def first_on_host(self, work: Callable[[], _Result]) -> _Result:
@@ -267,11 +271,6 @@ class Group:
             with self._exchange():
                 dist.all_reduce(values, group=self.handle)
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        with self.together():
-            pass
-
     @contextmanager
     def _exchange(self) -> Iterator[None]:
         """Turn what torch.distributed raises into `ProcessLost`, or the quiet end of a process that is not 0."""
@@ -372,11 +371,12 @@ def join(explain: Callable[[BaseException], str | None]) -> Iterator[Group]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ProcessLost(f"process {rank} of {size} cannot join the others: {reason}") from error
+    farewell = dist.new_group(backend="gloo", timeout=timedelta(seconds=_FAREWELL))
     yield group
     # torchrun ends all processes as soon as one has failed: none may go before process 0 has said why.
     if not group.lost:
-        with contextlib.suppress(ProcessLost, Ended):
-            group.barrier()
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(group=farewell)
             dist.destroy_process_group()
 
 

@@ -90,7 +90,8 @@ def test_an_error_of_one_process_ends_all_with_one_message(found, size: int) -> 
         wrong, interrupted, fault, exited, stopped = found[size, rank]["failures"]
         assert wrong == (f"PeerError: --lr: got 0 (in process {last})" if rank == 0 else "Ended: 2")
         assert interrupted == "Interrupted: "
-        assert fault == ("KeyError: 'fault'" if rank == last else "Ended: 1")
+        faults = {last: "KeyError: 'fault'", 0: f"ProcessLost: process {last} failed"}
+        assert fault == faults.get(rank, "Ended: 1")
         assert exited == ("SystemExit: 0" if rank == last else "Ended: 0")
         assert stopped == ("KeyboardInterrupt: " if rank == last else "Ended: 130")
         assert found[size, rank]["text"] == "wörter\n"
