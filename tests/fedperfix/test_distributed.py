@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,9 +32,9 @@ GROUPS = [(size, rank) for size in (2, 3) for rank in range(size)]
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 
 
-def torchrun(processes: int, *command: str) -> subprocess.Popen[str]:
+def torchrun(processes: int, *command: str, hosts: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
     """Start a module under torchrun on this host, one thread for each process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *hosts, f"--nproc-per-node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*launcher, "-m", *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -241,6 +242,34 @@ def test_ctrl_c_ends_all_processes_and_saves(tmp_path: Path, number: int) -> Non
     output, rounds = stopped_run(folder, act=lambda run: run.send_signal(number))
     assert output.count("interrupted after round") == 1
     check_resumed(folder, rounds)
+
+
+def on_two_hosts(*options: list[str]) -> list[str]:
+    """What the processes of two hosts print, one process each, started with these options."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={probe.getsockname()[1]}")
+    runs = [
+        torchrun(1, "fedperfix.train", *own, hosts=(*meeting, f"--node-rank={rank}"))
+        for rank, own in enumerate(options)
+    ]
+    return [run.communicate(timeout=120)[0] for run in runs]
+
+
+@needs_gloo
+@pytest.mark.long
+def test_two_hosts_have_the_bits_of_one_and_take_the_same_arguments(tmp_path: Path) -> None:
+    command = [*SMALL, "--rounds=2", f"--run-dir={tmp_path / 'two'}"]
+    output = on_two_hosts(command, command)
+    assert "processes    2, reduction exact\n" in output[0]
+    assert output[1] == ""
+    assert main([*SMALL, "--rounds=2", f"--run-dir={tmp_path / 'one'}"]) == 0
+    found, expected = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("two", "one"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert curves(tmp_path / "two") == curves(tmp_path / "one")
+    output = on_two_hosts([*SMALL, "--rounds=2"], [*SMALL, "--rounds=3"])
+    assert "fedperfix: error: the arguments differ between the hosts; start torchrun with the same" in output[0]
+    assert "fedperfix: error" not in output[1]
 
 
 @needs_gloo
