@@ -5,11 +5,13 @@ from __future__ import annotations
 import fedperfix.run.threads  # noqa: F401  # isort: skip  (before torch)
 
 import contextlib
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fedperfix.config import ConfigError, TrainConfig, parse_args
@@ -18,13 +20,15 @@ from fedperfix.data import Dataset, FederatedData, Partition, Preprocess, load_p
 from fedperfix.data.partition.file import PARTITION, write_partition
 from fedperfix.data.partition.picture import PICTURE, draw_partition
 from fedperfix.engine.client import Worker
-from fedperfix.engine.device import device_name, resolve_device
+from fedperfix.engine.device import device_name
+from fedperfix.engine.distributed import share_state
+from fedperfix.engine.group import ALONE, Group, ProcessLost, join
 from fedperfix.engine.round import run_round
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import method_class
 from fedperfix.models import input_shape, model_for
 from fedperfix.run import checkpoint, folder, metrics
-from fedperfix.run.cli import cli
+from fedperfix.run.cli import cli, explain_error, reported
 from fedperfix.run.files import write_text
 from fedperfix.run.interrupt import Interrupted, interruptible
 from fedperfix.run.metrics import RoundMetrics
@@ -47,27 +51,48 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code: 0, 2 for wrong input (one sentence on stderr), 130 when it was interrupted and saved.
     """
-    return train(parse_args(argv), Console())
+    with join(explain_error) as group:
+        return reported(lambda: train(_configuration(argv, group), Console(quiet=not group.leader), group))
 
 
-def train(config: TrainConfig, console: Console) -> int:
+def _configuration(argv: list[str], group: Group) -> TrainConfig:
+    """What process 0 reads from the command line, which is the same for all, and from files on its host."""
+    group.check_same("\0".join(argv), "the arguments")
+    text = ""
+    with group.together():
+        if group.leader:
+            config = parse_args(argv)
+            text = json.dumps(asdict(config))
+    text = group.share_text(text)
+    return config if group.leader else TrainConfig(**json.loads(text))
+
+
+def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
     """Train one federation, from data to summary.
 
     Args:
         config: valid; `resume` goes on with the run in that folder.
         console: where to show it.
+        group: the processes that train it together; all of them call this.
 
     Returns:
-        0, or 130 when it was interrupted and saved.
+        0, 130 when it was interrupted and saved, or 1 when a process was lost and the run was saved.
 
     Raises:
         `USER_ERRORS`: wrong input; a new run's folder is then not made, an old one's is intact.
     """
-    federation = build(config)
-    run = resume(federation) if config.resume else start(federation)
-    header(console, describe(federation, run))
+    group.limit(config.process_timeout)
+    device = group.device(config.device)
+    federation = group.first_on_host(lambda: build(config, device, group))
+    run = Run(Path(), [])
+    with group.together():
+        if group.leader:
+            run = resume(federation) if config.resume else start(federation)
+    share_state(group, federation.state)
+    if group.leader:
+        header(console, describe(federation, run))
     code = play(federation, run, console)
-    if code == 0:
+    if code == 0 and group.leader:
         summary(console, run.rounds, run.folder)
     return code
 
@@ -81,23 +106,28 @@ class Federation:
     state: FederatedState
     dataset: Dataset
     partition: Partition
+    group: Group = ALONE
 
 
 @dataclass
 class Run:
-    """A run's folder and the metrics in it."""
+    """A run's folder and the metrics in it; only process 0 has them."""
 
     folder: Path
     rounds: list[RoundMetrics]
 
 
-def build(config: TrainConfig) -> Federation:
+def build(config: TrainConfig, device: torch.device, group: Group = ALONE) -> Federation:
     """Load the data, divide it over the clients, build the model; nothing is written.
+
+    Args:
+        config: of the run.
+        device: where to compute.
+        group: the processes that train it together.
 
     Raises:
         ConfigError, DataError: wrong input.
     """
-    device = resolve_device(config.device)
     _check_tensorboard(config)
     dataset, partition = load_partitioned(config)
     data = FederatedData.of(dataset, partition, device)
@@ -107,7 +137,7 @@ def build(config: TrainConfig) -> Federation:
     worker = Worker(model, data, Preprocess(size), method, config, device)
     backend = "auto" if config.fused else "reference"
     state = FederatedState.initial(worker.arena, method, config.clients, backend)
-    return Federation(config, worker, state, dataset, partition)
+    return Federation(config, worker, state, dataset, partition, group)
 
 
 def start(federation: Federation) -> Run:
@@ -115,7 +145,7 @@ def start(federation: Federation) -> Run:
     config, where = federation.config, folder.choose_folder(federation.config)
     with folder.created(where):
         folder.write_config(where, config)
-        folder.write_environment(where, config, federation.worker.device, first_round=1)
+        folder.write_environment(where, config, federation.worker.device, 1, federation.group.size)
         write_partition(where / PARTITION, federation.dataset, federation.partition)
         if federation.dataset.skipped:
             write_text(where / SKIPPED, "\n".join(federation.dataset.skipped) + "\n")
@@ -139,54 +169,66 @@ def resume(federation: Federation) -> Run:
         raise ConfigError(f"--rounds: got {config.rounds}, takes at least the {finished} that the run has finished")
     rounds = metrics.keep_rounds(where, finished)
     folder.write_config(where, config)
-    folder.write_environment(where, config, federation.worker.device, first_round=finished + 1)
+    folder.write_environment(where, config, federation.worker.device, finished + 1, federation.group.size)
     return Run(where, rounds)
 
 
 def play(federation: Federation, run: Run, console: Console) -> int:
-    """Play the rounds that are left, writing metrics after each, until the end or an interruption."""
-    config, worker, state = federation.config, federation.worker, federation.state
+    """Play the rounds that are left, writing metrics after each, until the end or an interruption.
+
+    Returns:
+        0, 130 when it was interrupted and saved, or 1 when a process was lost and the run was saved.
+    """
+    with interruptible() as poll:
+        federation.worker.poll = poll
+        ended = _rounds(federation, run, console)
+        if ended is not None:
+            reason = str(ended) or "interrupted"
+            print_plain(console, f"{reason} after round {federation.state.round}; the run is saved. To go on:")
+            print_plain(console, f"  python -m fedperfix.train --resume {run.folder}")
+            return 1 if isinstance(ended, ProcessLost) else 130
+    if federation.group.leader:
+        _plot(run, federation)
+    return 0
+
+
+def _rounds(federation: Federation, run: Run, console: Console) -> Interrupted | ProcessLost | None:
+    """Play the rounds that are left; returns what ended them early, after the last finished round is saved."""
+    config, worker, state, group = federation.config, federation.worker, federation.state, federation.group
     file = run.folder / checkpoint.CHECKPOINT
     saved = state.round
-    with (
-        contextlib.ExitStack() as resources,
-        interruptible() as poll,
-        display(console, config.rounds, state.round, _kind(federation.dataset)) as screen,
-    ):
-        worker.poll = poll
-        log = resources.enter_context(_tensorboard(config, run.folder))
+    with contextlib.ExitStack() as resources:
+        screen = resources.enter_context(display(console, config.rounds, state.round, _kind(federation.dataset)))
+        log = resources.enter_context(_tensorboard(config, run.folder)) if group.leader else None
         clock = time.perf_counter()
         try:
             while state.round < config.rounds:
-                poll()
+                with group.together():
+                    worker.poll()
                 last = state.round + 1 == config.rounds
                 due = last or (state.round + 1) % config.eval_every == 0
-                result = run_round(worker, state, config, evaluate_all=due, progress=screen.client)
-                now = time.perf_counter()
-                record = RoundMetrics.of(result, now - clock)
-                clock = now
-                metrics.append(run.folder, record)
-                run.rounds.append(record)
-                tested = result.personalised or result.mixed
-                if tested:
-                    metrics.write_clients(run.folder, tested, worker.data)
-                if last or state.round % config.checkpoint_every == 0:
-                    checkpoint.save(file, state, worker.arena, config)
-                    saved = state.round
-                log(record)
-                screen.round(record)
-        except Interrupted:
-            if saved < state.round:
+                result = run_round(worker, state, config, evaluate_all=due, progress=screen.client, group=group)
+                with group.together():
+                    if log is None:
+                        continue
+                    now = time.perf_counter()
+                    record = RoundMetrics.of(result, now - clock)
+                    clock = now
+                    metrics.append(run.folder, record)
+                    run.rounds.append(record)
+                    tested = result.personalised or result.mixed
+                    if tested:
+                        metrics.write_clients(run.folder, tested, worker.data)
+                    if last or state.round % config.checkpoint_every == 0:
+                        checkpoint.save(file, state, worker.arena, config)
+                        saved = state.round
+                    log(record)
+                    screen.round(record)
+        except (Interrupted, ProcessLost) as error:
+            if group.leader and saved < state.round:
                 checkpoint.save(file, state, worker.arena, config)
-            interrupted = True
-        else:
-            interrupted = False
-    if interrupted:
-        print_plain(console, f"interrupted after round {state.round}; the run is saved. To go on:")
-        print_plain(console, f"  python -m fedperfix.train --resume {run.folder}")
-        return 130
-    _plot(run, federation)
-    return 0
+            return error
+    return None
 
 
 def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
@@ -215,10 +257,20 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
             f"{config.optimizer} {config.lr:g}, seed {config.seed}",
         ),
         ("device", f"{device_name(worker.device)}, {precision}"),
+        *_processes(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(config)),
         ("aggregation", backend),
         ("run folder", str(run.folder)),
     ]
+
+
+def _processes(federation: Federation) -> list[tuple[str, str]]:
+    """How many processes train together, and how many of them have no client in a round, if there are several."""
+    size, sampled = federation.group.size, federation.config.sampled
+    if size == 1:
+        return []
+    idle = f"; {size - sampled} of them only test, as a round has {sampled} clients" if size > sampled else ""
+    return [("processes", f"{size}, reduction {federation.config.reduction}{idle}")]
 
 
 def _start_weights(worker: Worker) -> list[tuple[str, str]]:

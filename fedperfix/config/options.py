@@ -17,9 +17,19 @@ FINETUNED = ("head", "all")
 PROMPT_DEPTHS = ("shallow", "deep")
 PERFEDAVG_VARIANTS = ("fo", "hf")
 PROTOCOLS = ("final", "authors-code", "both")
+REDUCTIONS = ("exact", "sum")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # A resumed run may differ in these from the run it continues: they change where and how long, not what.
-RESUMABLE = ("rounds", "device", "data_dir", "cache_dir", "run_dir", "checkpoint_every", "tensorboard")
+RESUMABLE = (
+    "rounds",
+    "device",
+    "data_dir",
+    "cache_dir",
+    "run_dir",
+    "checkpoint_every",
+    "tensorboard",
+    "process_timeout",
+)
 # A saved configuration describes the experiment, not the folder that it was run in.
 NOT_SAVED = ("run_dir", "resume")
 
@@ -314,6 +324,20 @@ class TrainConfig:
         "compile the training step with torch.compile: about a minute at the start, faster steps afterwards",
     )
     device: str = _option("auto", "Training", "auto, cpu, cuda, cuda:N or mps")
+    reduction: str = _option(
+        "exact",
+        "Training",
+        "how the uploads of several processes come together: as they are, with the bits of one process, or "
+        "as partial sums, for large cohorts",
+        choices=lambda: REDUCTIONS,
+    )
+    process_timeout: float = _option(
+        1800.0,
+        "Training",
+        "with several processes, seconds that one waits for another before it gives up",
+        above=0,
+        at_most=604800,
+    )
     seed: int = _option(0, "Training", "seed of every random choice", at_least=0)
 
     protocol: str = _option(
@@ -365,7 +389,15 @@ class TrainConfig:
         from fedperfix.methods import method_class
 
         method_class(self.method).validate(self)
+        self._validate_reduction()
         return self
+
+    def _validate_reduction(self) -> None:
+        from fedperfix.methods import Method, method_class
+
+        if self.reduction == "sum" and method_class(self.method).aggregate is not Method.aggregate:
+            takes = f"exact with --method {self.method}, whose aggregation is more than a weighted mean"
+            raise _wrong("reduction", self.reduction, takes)
 
     def _validate_local(self) -> None:
         groups = _groups()

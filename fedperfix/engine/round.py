@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedperfix.config import TrainConfig
 from fedperfix.engine.client import Worker
-from fedperfix.engine.cohort import train_cohort
-from fedperfix.engine.evaluate import Evaluation, Progress, evaluate
+from fedperfix.engine.cohort import Turns
+from fedperfix.engine.distributed import aggregate_exact, aggregate_sums, evaluate_spread, train_spread
+from fedperfix.engine.evaluate import Evaluation, Progress
+from fedperfix.engine.group import ALONE, Group
 from fedperfix.engine.screen import screen
 from fedperfix.engine.state import FederatedState, unpadded
 from fedperfix.engine.stopwatch import Stopwatch
@@ -60,6 +63,7 @@ def run_round(
     *,
     evaluate_all: bool,
     progress: Progress = lambda phase, done, total: None,
+    group: Group = ALONE,
 ) -> RoundResult:
     """Play the next round, or leave `state` as it was if it is interrupted or fails.
 
@@ -69,39 +73,45 @@ def run_round(
         config: of the run.
         evaluate_all: whether to test all clients at the end.
         progress: told after every client's turn: the phase, how many clients are done, and of how many.
+        group: the processes among which the clients are spread; all of them call this with the same state.
 
     Returns:
-        What happened.
+        What happened, the same in all processes but for the seconds, which are this process's.
     """
     round = state.round + 1
     method, arena, watch = worker.method, worker.arena, Stopwatch(worker.device)
     sampled = sample_clients(config, round)
 
     with torch.random.fork_rng(_gpus(worker.device)), state.transaction(sampled):
-        turns = train_cohort(worker, state, sampled, round, watch, progress)
+        spread, turns, local = train_spread(group, worker, state, sampled, round, watch, progress)
 
         with watch.phase("evaluate"):
-            local = Evaluation.of(sampled, turns.outputs, worker)
             mixed = None
             if evaluate_all and config.protocol != "final":
                 others = [index for index in range(worker.data.clients) if index not in sampled]
-                mixed = local.with_others(evaluate(worker, state, others, round, progress)) if others else local
+                mixed = local
+                if others:
+                    mixed = local.with_others(evaluate_spread(group, worker, state, others, round, progress))
 
         with watch.phase("aggregate"):
-            kept = screen(turns)
-            uploads = turns.uploads(kept)
+            if config.reduction == "sum":
+                weights = partial(data_weights, worker)
+                turns, kept = aggregate_sums(group, state, turns, spread, weights)
+            else:
+                turns, kept = aggregate_exact(group, state, turns, spread, partial(_aggregate, worker, state))
             if kept:
-                method.aggregate(state.server, uploads, data_weights(worker, uploads.clients))
-                state.keep(uploads.clients, turns.local[kept], {name: own[kept] for name, own in turns.own.items()})
+                clients = [sampled[row] for row in kept]
+                state.keep(clients, turns.local[kept], {name: own[kept] for name, own in turns.own.items()})
 
         with watch.phase("evaluate"):
             personalised = None
             if evaluate_all and config.protocol != "authors-code":
-                personalised = evaluate(worker, state, range(worker.data.clients), round, progress)
+                everyone = range(worker.data.clients)
+                personalised = evaluate_spread(group, worker, state, everyone, round, progress)
         state.round = round
 
     loss, correct, images = turns.meters[kept].double().sum(0).tolist()
-    up = [arena.shared, *(value[0] for value in turns.extra.values())]
+    up = [arena.shared, *method.extra_upload(arena).values()]
     down = [arena.shared, *(state.server.state[name] for name in method.broadcast)]
     return RoundResult(
         round=round,
@@ -117,6 +127,15 @@ def run_round(
         bytes_down=len(sampled) * _bytes(down, arena),
         seconds=watch.seconds,
     )
+
+
+def _aggregate(worker: Worker, state: FederatedState, turns: Turns) -> list[int]:
+    """Aggregate what can be used of the turns into the server's side; returns those rows."""
+    kept = screen(turns)
+    if kept:
+        uploads = turns.uploads(kept)
+        worker.method.aggregate(state.server, uploads, data_weights(worker, uploads.clients))
+    return kept
 
 
 def sample_clients(config: TrainConfig, round: int) -> list[int]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fedperfix.config import ConfigError
+from fedperfix.engine.group import Ended, ProcessLost
 from fedperfix.run.checkpoint import CheckpointError
 from fedperfix.run.metrics import MetricsError
 
 # What the user can mend; anything else is a fault of the program and keeps its traceback.
-USER_ERRORS = (ConfigError, CheckpointError, MetricsError, OSError, torch.OutOfMemoryError)
+USER_ERRORS = (ConfigError, CheckpointError, MetricsError, OSError, torch.OutOfMemoryError, ProcessLost)
 
 
 def cli(run: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None], int]:
@@ -28,13 +29,25 @@ def cli(run: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None], int
 
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
-        try:
-            return run(list(sys.argv[1:] if argv is None else argv))
-        except USER_ERRORS as error:
-            print(f"fedperfix: error: {sentence(error)}", file=sys.stderr)
-            return 2
+        return reported(lambda: run(list(sys.argv[1:] if argv is None else argv)))
 
     return main
+
+
+def reported(work: Callable[[], int]) -> int:
+    """The exit code of `work`: what it returns, or 2 after one of `USER_ERRORS`, whose sentence is printed."""
+    try:
+        return work()
+    except Ended as ended:  # another process says why
+        return ended.code
+    except USER_ERRORS as error:
+        print(f"fedperfix: error: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def explain_error(error: BaseException) -> str | None:
+    """The sentence of an error that the user can mend; None for a fault of the program."""
+    return sentence(error) if isinstance(error, USER_ERRORS) else None
 
 
 def sentence(error: BaseException) -> str:

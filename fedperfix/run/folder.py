@@ -75,7 +75,9 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_text(folder / CONFIG, to_toml(config))
 
 
-def write_environment(folder: Path, config: TrainConfig, device: torch.device, first_round: int) -> None:
+def write_environment(
+    folder: Path, config: TrainConfig, device: torch.device, first_round: int, processes: int = 1
+) -> None:
     """Record what computes the rounds from `first_round` on: an entry for the start and for every resumption."""
     path = folder / ENVIRONMENT
     entries = read_environment(folder) if path.exists() else []
@@ -85,6 +87,7 @@ def write_environment(folder: Path, config: TrainConfig, device: torch.device, f
             "first_round": first_round,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "device": device_name(device),
+            "processes": processes,
             "backend": backend,
             "platform": platform.platform(),
             "processors": os.cpu_count(),
