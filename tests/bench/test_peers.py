@@ -55,6 +55,16 @@ def test_eager_attention_is_that_of_the_package() -> None:
     torch.testing.assert_close(authors_pattern.eager_model(WORK)(images), WORK.new_model()(images))
 
 
+def test_a_process_of_its_own_computes_the_same() -> None:
+    found = hold(PLAIN, ["ours fp32"], 1)["ours fp32"]
+    turns = Turns()
+    expected = play("ours", PLAIN, 2, turns)
+    assert difference(found.shared, expected, start(PLAIN)) == 0
+    assert found.accuracy == turns.accuracy
+    assert len(found.seconds) == len(found.phases) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pfl-research", "flower"])
 def test_a_peer_computes_the_same_rounds(name: str) -> None:
     if peers.missing(peers.PEERS[name]):
