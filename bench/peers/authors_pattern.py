@@ -6,11 +6,11 @@ reader would write it in plain PyTorch:
 - The server keeps one full model per client. At the start of a round it copies all of them, and at the end it takes
   a copy of every client's state dict: two copies of all models a round (the released code has several).
 - A round goes through all clients, one after the other. Each loads the global tensors into its model, key by key,
-  and moves it to the device and back. A sampled one trains with a new SGD optimizer; all are tested.
+  and moves it to the device and back. A sampled one trains with plain SGD; all are tested.
 - Whether a tensor is global is decided by parts of its name.
 - Attention is eager: the adapter's output is padded with zeros for the queries, scaled, added to the projection's
   output, and the N×N scores are materialised in float32.
-- Images go through PIL, one by one, in a new DataLoader per client and round. The released code starts loader
+- Images go through PIL, one by one, in a new DataLoader per client and epoch. The released code starts loader
   processes and reads the data from disk every round; here the data stay in memory and the loader has no processes
   on a CPU, which is faster there.
 - The loss and the number of right answers are read from the device after every batch.
@@ -126,7 +126,8 @@ def play_round(
         model.load_state_dict(state)
         model.to(device)
         if client in sampled:
-            train(model, _loader(work, images, work.order(client, round)), work.lr, device)
+            for order in work.orders(client, round):
+                train(model, _loader(work, images, order), work.lr, device)
         accuracies.append(test(model, _loader(work, images, work.data.test[client]), device))
         model.to("cpu")
         states.append(copy.deepcopy(model.state_dict()))

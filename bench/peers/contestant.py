@@ -25,13 +25,15 @@ from torch import Tensor
 from bench.peers.work import Work
 from bench.timing import synchronize
 
-# Names of contestants and the modules that play them; a module's `play(work, rounds, turns)` does all rounds.
-MODULES = {
-    "ours": "ours",
-    "ours fp32": "ours",
-    "authors-pattern": "authors_pattern",
-    "pfl-research": "pfl_research",
-    "flower": "flower_simulation",
+# Names of contestants: the modules that play them, and in what they compute: fp32, bf16, or this package's default.
+# A module's `play(work, rounds, turns)` does all rounds.
+PLAYERS = {
+    "ours": ("ours", "auto"),
+    "ours fp32": ("ours", "fp32"),
+    "authors-pattern": ("authors_pattern", "fp32"),
+    "pfl-research": ("pfl_research", "fp32"),
+    "pfl-research bf16": ("pfl_research", "bf16"),
+    "flower": ("flower_simulation", "fp32"),
 }
 
 
@@ -40,7 +42,7 @@ class Turns:
     """Waits before a round and tells of it afterwards; this one neither waits nor tells.
 
     Attributes:
-        precision: in which this package computes: `fp32` or `auto`.
+        precision: in which the contestant computes, as in `PLAYERS`.
         accuracy: percent, after every round: the mean over the clients that were tested.
     """
 
@@ -83,7 +85,7 @@ def play(name: str, work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
     """All rounds of one contestant.
 
     Args:
-        name: a key of `MODULES`.
+        name: a key of `PLAYERS`.
         work: what is done in a round.
         rounds: how many.
         turns: asked before and told after every round.
@@ -92,7 +94,7 @@ def play(name: str, work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
         The shared parameters at the end, by name, float32 on the CPU.
     """
     torch.set_num_threads(work.threads)
-    shared = importlib.import_module(f"bench.peers.{MODULES[name]}").play(work, rounds, turns)
+    shared = importlib.import_module(f"bench.peers.{PLAYERS[name][0]}").play(work, rounds, turns)
     return {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in shared.items()}
 
 
@@ -104,7 +106,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     task = Work.from_json(work)
-    turns = PipedTurns(orders, answers, torch.device(task.device), "auto" if name == "ours" else "fp32")
+    turns = PipedTurns(orders, answers, torch.device(task.device), PLAYERS[name][1])
     save_file(play(name, task, int(rounds), turns), Path(file))
     answers.write("{}\n")
     answers.flush()

@@ -33,7 +33,7 @@ from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
 from bench.peers.contestant import Turns
-from bench.peers.work import Work, batches
+from bench.peers.work import Work
 
 client_app = ClientApp()
 
@@ -47,23 +47,23 @@ def prepared(text: str) -> tuple[Work, nn.Module, Tensor]:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """One client's epoch of plain SGD, and its test."""
+    """One client's epochs of plain SGD, and its test."""
     config = message.content["config"]
     work, model, pixels = prepared(config["work"])
     client, labels = config["client"], work.data.labels.to(work.device)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=work.lr)
-    order = work.order(client, config["server-round"])
-    for chosen in batches(order, work.batch_size):
-        optimizer.zero_grad()
-        F.cross_entropy(model(pixels[chosen]), labels[chosen]).backward()
-        optimizer.step()
+    for order in work.orders(client, config["server-round"]):
+        for chosen in order.split(work.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(pixels[chosen]), labels[chosen]).backward()
+            optimizer.step()
     model.eval()
     test = work.data.test[client]
     with torch.no_grad():
-        right = sum((model(pixels[x]).argmax(1) == labels[x]).sum().item() for x in batches(test, work.batch_size))
-    metrics = MetricRecord({"num-examples": len(order), "accuracy": 100.0 * right / len(test)})
+        right = sum((model(pixels[x]).argmax(1) == labels[x]).sum().item() for x in test.split(work.batch_size))
+    metrics = MetricRecord({"num-examples": len(work.data.train[client]), "accuracy": 100.0 * right / len(test)})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=message)
 

@@ -1,7 +1,8 @@
 """FedAvg with pfl-research (package `pfl`, Granqvist et al., arXiv 2404.06430), as its documentation uses it.
 
 A `SimulatedBackend` with `WeightByDatapoints`, `FederatedAveraging`, SGD with step size 1 at the server, and users
-whose tensors lie in memory, normalised once. Each user is tested on its test images after its training.
+whose tensors lie in memory, normalised once. It computes in float32, or in bfloat16 with `amp_dtype`. Each user is
+tested on its test images after its training.
 """
 
 from __future__ import annotations
@@ -26,7 +27,22 @@ from torch import Tensor, nn
 from bench.peers.contestant import Turns
 from bench.peers.work import Work
 
+_AMP = {"fp32": None, "bf16": torch.bfloat16}
 _ACCURACY = StringMetricName("accuracy")
+
+
+class Shuffled(PyTorchTensorDataset):
+    """A user's images, in another order in every epoch; pfl does not shuffle."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, orders: list[Tensor], **options: Any) -> None:
+        super().__init__((pixels[orders[0]], labels[orders[0]]), **options)
+        self.pixels, self.labels, self.orders = pixels, labels, orders
+
+    def iter(self, batch_size: int) -> Iterator[list[Tensor]]:
+        """The batches of all epochs."""
+        for order in self.orders:
+            for chosen in order.split(batch_size):
+                yield [self.pixels[chosen], self.labels[chosen]]
 
 
 class Trained(nn.Module):
@@ -94,9 +110,9 @@ def play(work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
                 yield client, round
 
     def dataset(user: tuple[int, int]) -> PyTorchTensorDataset:
-        train, test = work.order(*user), work.data.test[user[0]]
+        test = work.data.test[user[0]]
         held_out = PyTorchTensorDataset((pixels[test], labels[test]))
-        return PyTorchTensorDataset((pixels[train], labels[train]), metadata={"test": held_out})
+        return Shuffled(pixels, labels, work.orders(*user), metadata={"test": held_out})
 
     queue = users()
     data = FederatedDataset(dataset, lambda: next(queue))
@@ -111,7 +127,7 @@ def play(work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
             val_cohort_size=None,
         ),
         backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]),
-        model=PyTorchModel(model, torch.optim.SGD, central),
+        model=PyTorchModel(model, torch.optim.SGD, central, amp_dtype=_AMP[turns.precision]),
         model_train_params=NNTrainHyperParams(
             local_num_epochs=1, local_learning_rate=work.lr, local_batch_size=work.batch_size
         ),

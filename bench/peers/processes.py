@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-_PERIOD = 0.2
+_PERIOD = 0.5
 
 
 def family(pid: int) -> list[int]:

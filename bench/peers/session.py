@@ -98,13 +98,14 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor], start: dic
     """How far two sets of shared parameters are from each other, as a part of the way from the start.
 
     Args:
-        found, expected: by name; they have the same names and shapes.
-        start: holds what both began with; more names do no harm.
+        found, expected: by name; what is not in `start`, such as running statistics, does not count.
+        start: the parameters that both began with, and perhaps others.
     """
-    if found.keys() != expected.keys():
+    names = start.keys() & expected.keys()
+    if names != start.keys() & found.keys():
         return math.inf
-    apart = sum((found[name].double() - expected[name].double()).square().sum().item() for name in expected)
-    way = sum((expected[name].double() - start[name].double()).square().sum().item() for name in expected)
+    apart = sum((found[name].double() - expected[name].double()).square().sum().item() for name in names)
+    way = sum((expected[name].double() - start[name].double()).square().sum().item() for name in names)
     return math.sqrt(apart / way) if way else math.inf
 
 

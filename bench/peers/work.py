@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -15,13 +14,16 @@ from fedperfix.config import TrainConfig
 from fedperfix.data import FederatedData
 from fedperfix.engine.round import sample_clients
 from fedperfix.methods import METHODS
+from fedperfix.models.cnn import SmallCNN
 from fedperfix.randomness import numpy_generator, torch_seed
 
 SIDE, CLASSES = 32, 100
-MODELS = {
+# Arguments of timm's VisionTransformer; None for this package's small convolutional network.
+MODELS: dict[str, dict[str, int] | None] = {
     "vit-tiny": {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit-mini": {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
     "vit-nano": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "cnn-mini": None,
 }
 
 
@@ -30,12 +32,13 @@ class Work:
     """Some rounds of one method on random images; every choice in it is a function of `seed`.
 
     Args:
-        method: `fedperfix`, tested on all clients every round as the paper's authors' code does it, or `fedavg`,
-            where only the cohort is tested, each client after its training.
+        method: `fedperfix`, tested on all clients every round as the authors' code does it, or `fedavg`, where
+            only the cohort is tested, each client after its training.
         model: a name in `MODELS`.
         clients, sampled: how many there are, and how many of them train in a round.
         images: of an average client, a quarter of them for its test; clients differ by up to an eighth.
-        batch_size, lr: of plain SGD, one epoch a round.
+        epochs: passes of a client over its training images in a round.
+        batch_size, lr: of plain SGD.
         threads: of PyTorch, on a CPU.
         device: `cpu` or `cuda`.
         seed: of every choice.
@@ -46,6 +49,7 @@ class Work:
     clients: int
     sampled: int
     images: int
+    epochs: int = 1
     batch_size: int = 64
     lr: float = 0.01
     threads: int = 1
@@ -74,6 +78,7 @@ class Work:
             init="default",
             clients=self.clients,
             sampled=self.sampled,
+            local_epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
             optimizer="sgd",
@@ -104,7 +109,12 @@ class Work:
         """The start model, float32 on the CPU, with prefixes if the method has them."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.seed, "model"))
-            model = VisionTransformer(img_size=SIDE, num_classes=CLASSES, **MODELS[self.model])
+            shape = MODELS[self.model]
+            model = (
+                SmallCNN(3, CLASSES)
+                if shape is None
+                else VisionTransformer(img_size=SIDE, num_classes=CLASSES, **shape)
+            )
             METHODS[self.method].adapt(model, self.config())
         return model
 
@@ -112,16 +122,12 @@ class Work:
         """Who trains in a round; the first round is 1."""
         return sample_clients(self.config(), round)
 
-    def order(self, client: int, round: int) -> Tensor:
-        """A client's training images in the order in which it sees them in a round: int64 [n]."""
+    def orders(self, client: int, round: int) -> list[Tensor]:
+        """A client's training images in the order in which it sees them in a round: int64 [n] for every epoch."""
         indices = self.data.train[client]
-        return indices[numpy_generator(self.seed, "batches", client=client, round=round).permutation(len(indices))]
+        generator = numpy_generator(self.seed, "batches", client=client, round=round)
+        return [indices[generator.permutation(len(indices))] for _ in range(self.epochs)]
 
     def normalised(self) -> Tensor:
         """All images as the model reads them: float32 [n, 3, 32, 32]."""
         return self.data.inputs.to(torch.float32).sub_(127.5).div_(127.5)
-
-
-def batches(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Indices in batches; the last one may be smaller."""
-    yield from rows.split(size)

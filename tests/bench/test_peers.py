@@ -19,7 +19,7 @@ from bench.peers.contestant import Turns, play
 from bench.peers.session import ContestantError, Timings, difference, hold
 from bench.peers.work import Work
 
-WORK = Work("fedperfix", "vit-nano", clients=5, sampled=2, images=16, batch_size=8, lr=0.1)
+WORK = Work("fedperfix", "vit-nano", clients=5, sampled=2, images=16, epochs=2, batch_size=8, lr=0.1)
 PLAIN = replace(WORK, method="fedavg")
 
 
@@ -86,14 +86,16 @@ def test_work_survives_its_way_to_another_process() -> None:
     assert Work.from_json(WORK.to_json()) == WORK
     sizes = [len(WORK.data.train[client]) + len(WORK.data.test[client]) for client in range(WORK.clients)]
     assert sizes == [14, 16, 18, 14, 16]
-    assert sorted(WORK.order(1, 1).tolist()) == WORK.data.train[1].tolist()
-    assert WORK.order(1, 1).tolist() != WORK.order(1, 2).tolist()
+    orders = [*WORK.orders(1, 1), *WORK.orders(1, 2)]
+    assert [sorted(order.tolist()) for order in orders] == [WORK.data.train[1].tolist()] * 4
+    assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
 def test_difference_is_relative_to_the_way_from_the_start() -> None:
     begin, expected = {"w": torch.zeros(2), "local": torch.ones(1)}, {"w": torch.tensor([3.0, 4.0])}
     assert difference({"w": torch.tensor([3.0, 4.5])}, expected, begin) == pytest.approx(0.1)
     assert difference({"v": expected["w"]}, expected, begin) == math.inf
+    assert difference(expected | {"statistics": torch.ones(1)}, expected, begin) == 0
     assert difference({"w": torch.tensor([math.nan, 4.0])}, expected, begin) != 0
 
 
