@@ -16,13 +16,14 @@ import torch
 from bench.peers.session import ContestantError, Timings, difference, hold
 from bench.peers.work import MODELS, Work
 from bench.record import describe_machine
-from fedperfix.engine.device import autocast_dtype
+from fedperfix.config import ConfigError
+from fedperfix.engine.device import autocast_dtype, resolve_device
 from fedperfix.run.files import write_text
 
 OURS, EXACT = "ours", "ours fp32"
 # Part of the way from the start by which two float32 computations of the same rounds may end apart by rounding.
 SAME = 1e-3
-_CHANGES = ("model", "clients", "sampled", "images", "epochs", "batch_size")
+_CHANGES = ("model", "clients", "sampled", "images", "epochs", "batch_size", "threads", "device")
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line.
 
     Returns:
-        0 if every session was held, or its peer is not installed; 1 if one failed.
+        0 if every session was held, or its peer is not installed; 1 if one failed. The record is written after
+        every session.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    names = arguments.peer or list(PEERS)
+    try:
+        device = resolve_device(arguments.device)
+        works = {name: _work(PEERS[name], arguments) for name in names}
+    except ConfigError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
-    machine = describe_machine(torch.device(arguments.device))
-    print(f"{machine['device']}, {arguments.threads} threads, load {machine['load']}")
-    sessions, failed = [], False
-    for name in arguments.peer or PEERS:
-        entry = _session(name, arguments)
-        sessions.append(entry)
-        failed |= "failed" in entry
+    record = describe_machine(device) | {"sessions": []}
+    print(f"{record['device']}, {arguments.threads} threads, load {record['load']}")
+    for name in names:
+        entry = _session(name, works[name], arguments.rounds)
+        record["sessions"].append(entry)
         print(text(entry), flush=True)
-    if arguments.out:
-        write_text(arguments.out, json.dumps(machine | {"sessions": sessions}, indent=1) + "\n")
-    return int(failed)
+        if arguments.out:
+            write_text(arguments.out, json.dumps(record, indent=1) + "\n")
+    return int(any("failed" in entry for entry in record["sessions"]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,19 +102,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, help="instead of vit-tiny, and vit-mini with FedAvg")
     parser.add_argument("--clients", type=_count, help="instead of 64")
     parser.add_argument("--sampled", type=_count, help="clients that train in a round, instead of 8")
-    parser.add_argument("--images", type=_count, help="of an average client, instead of 60 and 120")
+    parser.add_argument("--images", type=_images, help="of an average client, instead of 60 and 120")
     parser.add_argument("--epochs", type=_count, help="of a client in a round, instead of 10 and 1")
     parser.add_argument("--batch-size", type=_count, help="instead of 64 and 32")
     parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="of PyTorch on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     return parser
 
 
-def _count(text: str) -> int:
+def _count(text: str, at_least: int = 1) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, takes a whole number of at least 1")
+    if number < at_least:
+        raise argparse.ArgumentTypeError(f"got {number}, takes a whole number of at least {at_least}")
     return number
+
+
+def _images(text: str) -> int:
+    return _count(text, at_least=8)  # the smallest client then has a test image
 
 
 def missing(peer: Peer) -> str | None:
@@ -116,12 +127,21 @@ def missing(peer: Peer) -> str | None:
     return f"not installed ({', '.join(absent)}); {peer.install}" if absent else None
 
 
-def _session(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Hold the session of one peer: its entry in the record."""
-    peer = PEERS[name]
+def _work(peer: Peer, arguments: argparse.Namespace) -> Work:
+    """A peer's work with what the command line changes in it.
+
+    Raises:
+        ConfigError: a value that does not fit, such as more sampled clients than there are.
+    """
     given = {key: getattr(arguments, key) for key in _CHANGES}
     work = replace(peer.work, **{key: value for key, value in given.items() if value is not None})
-    work = replace(work, threads=arguments.threads, device=arguments.device)
+    work.config()
+    return work
+
+
+def _session(name: str, work: Work, rounds: int) -> dict[str, Any]:
+    """Hold the session of one peer: its entry in the record."""
+    peer = PEERS[name]
     entry = {"peer": name, "title": peer.title, "work": asdict(work)}
     reason = missing(peer)
     if reason:
@@ -131,7 +151,7 @@ def _session(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     names = [OURS, EXACT, name, *peer.also] if reduced else [EXACT, name]
     print(f"{peer.title}: {_describe(work)}", flush=True)
     try:
-        timings = hold(work, names, arguments.rounds, lambda line: print(f"  {line}", flush=True))
+        timings = hold(work, names, rounds, lambda line: print(f"  {line}", flush=True))
     except ContestantError as error:
         return entry | {"failed": str(error)}
     return entry | figures(name, timings, work, peer.targets.get(work.device), str(reduced or torch.float32))
@@ -184,7 +204,7 @@ def text(entry: dict[str, Any]) -> str:
     if "unavailable" in entry or "failed" in entry:
         return f"{entry['peer']}: {entry.get('unavailable') or entry['failed']}"
     lines = [f"ours computes in {entry['precision']}, the others in float32 unless their names say otherwise"]
-    lines += [f"{'':>16} {'s a round (range)':>26} {'CPU s':>8} {'memory':>9} {'faster by':>10} {'CPU by':>7}"]
+    lines += [f"{'':>18} {'s a round (range)':>26} {'CPU s':>8} {'memory':>9} {'faster by':>10} {'CPU by':>7}"]
     for name, found in entry["contestants"].items():
         lines.append(_row(name, found, entry["ratios"].get(name, {})))
     verdict = "the same work" if entry["same_work"] else "NOT the same work: no ratio holds"
@@ -198,7 +218,7 @@ def text(entry: dict[str, Any]) -> str:
 def _row(name: str, found: dict[str, Any], by: dict[str, float]) -> str:
     seconds, cpu, peak = found["seconds"], found["cpu_seconds"], found["peak_bytes"]
     spread = f"{seconds['median']:.2f} ({seconds['lowest']:.2f} – {seconds['highest']:.2f})"
-    cells = [f"{name:>16}", f"{spread:>26}", f"{cpu['median']:8.2f}" if cpu else f"{'–':>8}"]
+    cells = [f"{name:>18}", f"{spread:>26}", f"{cpu['median']:8.2f}" if cpu else f"{'–':>8}"]
     cells.append(f"{peak / 2**20:6.0f} MB" if peak else f"{'–':>9}")
     cells += [f"{by['seconds']:9.2f}x" if by else "", f"{by['cpu_seconds']:6.2f}x" if "cpu_seconds" in by else ""]
     phases = ", ".join(f"{phase} {value:.2f}" for phase, value in found["phases"].items())

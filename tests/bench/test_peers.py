@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,8 +170,48 @@ def test_memory_and_time_of_this_process_are_seen() -> None:
     assert peak.seen > 320e6
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--peer", "nobody"]])
-def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rounds", "0"], "got 0, takes a whole number of at least 1"),
+        (["--peer", "nobody"], "invalid choice: 'nobody'"),
+        (["--sampled", "99"], "--sampled: got 99, takes at most --clients, which is 64"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         peers.main(arguments)
     assert error.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_record_is_written_after_every_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, held = tmp_path / "peers.json", []
+
+    def session(work: Work, names: list[str], rounds: int, tell: object) -> dict[str, Timings]:
+        if held:
+            assert len(json.loads(file.read_text())["sessions"]) == 1
+            raise ContestantError("it failed")
+        held.append(names)
+        shared = {name: value.detach() + 1 for name, value in work.new_model().named_parameters()}
+        return {name: Timings([1.0], [1.0], [0.0], [{}], None, None, shared) for name in names}
+
+    monkeypatch.setattr(peers, "hold", session)
+    monkeypatch.setattr(peers, "missing", lambda peer: None)
+    arguments = [
+        "--peer",
+        "authors-pattern",
+        "flower",
+        "--model",
+        "vit-nano",
+        "--device",
+        "cpu",
+        "--out",
+        str(file),
+    ]
+    assert peers.main(arguments) == 1
+    first, second = json.loads(file.read_text())["sessions"]
+    assert first["same_work"]
+    assert first["work"]["model"] == "vit-nano"
+    assert second["failed"] == "it failed"
+    assert held[0][-2:] == ["ours fp32", "authors-pattern"]
