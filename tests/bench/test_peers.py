@@ -174,6 +174,7 @@ def test_memory_and_time_of_this_process_are_seen() -> None:
     ("arguments", "says"),
     [
         (["--rounds", "0"], "got 0, takes a whole number of at least 1"),
+        (["--images", "7"], "got 7, takes a whole number of at least 8"),
         (["--peer", "nobody"], "invalid choice: 'nobody'"),
         (["--sampled", "99"], "--sampled: got 99, takes at most --clients, which is 64"),
     ],
