@@ -258,7 +258,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         ),
         ("device", f"{device_name(worker.device)}, {precision}"),
         *_processes(federation),
-        ("attention", backend if prefix_parameters(worker.model) else _timm_attention(config)),
+        ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
         ("aggregation", backend),
         ("run folder", str(run.folder)),
     ]
@@ -308,8 +308,10 @@ def _skipped(dataset: Dataset, unassigned: int) -> list[tuple[str, str]]:
     return [*lines, ("skipped", f"{len(dataset.skipped):,}, all of them in {SKIPPED}: {first}{more}")]
 
 
-def _timm_attention(config: TrainConfig) -> str:
-    return "timm's, " + ("with PyTorch's fused attention" if config.fused else "eager")
+def _timm_attention(worker: Worker) -> str:
+    if not worker.config.fused:
+        return "timm's, eager"
+    return "timm's, with PyTorch's fused attention" + (" in tests" if worker.eager_in_training else "")
 
 
 def _plot(run: Run, federation: Federation) -> None:

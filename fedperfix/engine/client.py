@@ -40,6 +40,7 @@ class Worker:
 
     Attributes:
         arena: the flat buffer, shared parameters before local ones, with flat gradients.
+        eager_in_training: timm's attention layers that are fused in tests only.
         poll: called before every batch; what it raises ends the turn.
     """
 
@@ -65,6 +66,10 @@ class Worker:
         capture = "reduce-overhead" if device.type == "cuda" else "default"
         self._compiled = torch.compile(self.model, dynamic=False, mode=capture) if config.compile else self.model
         self._batch_norms = [x for x in self.model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+        # On a CPU in half precision the backward pass of PyTorch's fused attention takes several times as long as
+        # products of matrices (`fedperfix_kernels` knows that of its own attention).
+        slow = device.type == "cpu" and self.dtype is not None
+        self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
         self.poll: Callable[[], None] = lambda: None
 
     def load(self, index: int, state: FederatedState, round: int) -> Client:
@@ -84,6 +89,8 @@ class Worker:
         full_batch = self.model.training and pixels.shape[0] == self.config.batch_size
         model = self._compiled if full_batch else self.model
         single = self.model.training and pixels.shape[0] == 1
+        for attention in self.eager_in_training:
+            attention.fused_attn = not self.model.training
         with (
             torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None),
             _testing(self._batch_norms if single else []),

@@ -377,6 +377,7 @@ def join(explain: Callable[[BaseException], str | None]) -> Iterator[Group]:
     if not group.lost:
         with contextlib.suppress(RuntimeError):
             dist.barrier(group=farewell)
+            group.handle = farewell = None  # Gloo's threads end with the last reference; Python must not end first
             dist.destroy_process_group()
 
 

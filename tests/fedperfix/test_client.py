@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 
 from fedperfix.config import ConfigError
 from fedperfix.engine import device
@@ -131,6 +132,35 @@ def test_reduced_precision_trains_float32_parameters_nearly_the_same(precision: 
     exact, near = results["fp32"], results[precision]
     assert not torch.equal(exact, near)
     assert float((exact - near).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "in_training", "in_tests"),
+    [({"precision": "bf16"}, False, True), ({"precision": "fp32"}, True, True)],
+    ids=["bf16", "fp32"],
+)
+def test_timms_attention_is_eager_where_the_fused_one_trains_slowly(
+    options: dict, in_training: bool, in_tests: bool
+) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=tiny.SIDE, patch_size=1, in_chans=1, num_classes=tiny.CLASSES, embed_dim=8, depth=2, num_heads=2
+    )
+    eager = copy.deepcopy(model)
+    for block in eager.blocks:
+        block.attn.fused_attn = False
+    worker, _, _ = tiny.federation("fedavg", model=model, **options)
+    same, _, _ = tiny.federation("fedavg", model=eager, **options)
+    pixels = torch.randn(5, 1, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
+    logits = worker.logits(pixels)
+    assert [block.attn.fused_attn for block in worker.model.blocks] == [in_training] * 2
+    if not in_training:
+        assert torch.equal(logits, same.logits(pixels))
+    torch.testing.assert_close(logits, same.logits(pixels), rtol=1e-2, atol=1e-2)
+    worker.model.eval()
+    worker.logits(pixels)
+    assert [block.attn.fused_attn for block in worker.model.blocks] == [in_tests] * 2
+    assert not any(block.attn.fused_attn for block in same.model.blocks)  # --no-fused stays what it is
 
 
 def test_an_overflow_in_fp16_skips_the_step_instead_of_spoiling_the_model() -> None:

@@ -1,0 +1,32 @@
+"""This package's engine, as `fedperfix.train` calls it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench.peers.contestant import Turns
+from bench.peers.work import SIDE, Work
+from fedperfix.data import Preprocess
+from fedperfix.engine.client import Worker
+from fedperfix.engine.round import run_round
+from fedperfix.engine.state import FederatedState
+from fedperfix.methods import METHODS
+
+
+def play(work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
+    """All rounds; arguments and result as `bench.peers.contestant.play`."""
+    config, device, data = work.config(turns.precision), torch.device(work.device), work.data
+    on_device = {name: getattr(data, name).to(device) for name in ("inputs", "labels")}
+    parts = {name: tuple(x.to(device) for x in getattr(data, name)) for name in ("train", "test")}
+    method = METHODS[work.method](config)
+    worker = Worker(work.new_model(), replace(data, **on_device, **parts), Preprocess(SIDE), method, config, device)
+    state = FederatedState.initial(worker.arena, method, work.clients, "auto")
+    for _ in range(rounds):
+        turns.begin()
+        result = run_round(worker, state, config, evaluate_all=work.method != "fedavg")
+        tested = result.mixed or result.local
+        turns.end(float(tested.accuracy.mean()), result.seconds)
+    return worker.arena.shared_layout.views(state.server.shared)
