@@ -70,15 +70,16 @@ def count_costs(config: TrainConfig, dataset: Dataset) -> Costs:
     config = replace(config, fused=False, pretrained=False, pretrained_file=None)
     model = model_for(config, dataset)
     method = method_class(config.method)(config)
-    arena = ParameterArena(model, method.kept_names(model))
+    arena = ParameterArena(model, method.kept_names(model), method.frozen_names(model))
     up, down = traffic(method, arena)
     inputs = torch.ones(1, *input_shape(config, dataset), dtype=torch.int32 if dataset.is_text else torch.float32)
     forward, backward = count_flops(model, inputs)
-    whole, shared = unpadded(arena.flat, arena), unpadded(arena.shared, arena)
+    trained, shared = unpadded(arena.flat, arena), unpadded(arena.shared, arena)
+    whole = trained + sum(value.numel() for value in arena.frozen.values())
     return Costs(
         parameters=whole,
         parameters_stored=whole + sum(unpadded(value, arena) for value in method.client_state(arena).values()),
-        parameters_local=whole - shared,
+        parameters_local=trained - shared,
         parameters_sent_up=up,
         parameters_sent_down=down,
         bytes_up_per_round=config.sampled * up * arena.flat.element_size(),

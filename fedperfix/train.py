@@ -24,6 +24,7 @@ from fedperfix.engine.device import device_name
 from fedperfix.engine.distributed import share_state
 from fedperfix.engine.group import ALONE, Group, ProcessLost, join
 from fedperfix.engine.round import run_round
+from fedperfix.engine.stacked import clients_per_step
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import method_class
 from fedperfix.models import input_shape, model_for
@@ -84,6 +85,10 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
     group.limit(config.process_timeout)
     device = group.device(config.device)
     federation = group.first_on_host(lambda: build(config, device, group))
+    worker = federation.worker
+    with group.together():
+        worker.clients_per_step = clients_per_step(worker, federation.state)
+    worker.clients_per_step = int(group.share_text(str(worker.clients_per_step)))
     run = Run(Path(), [])
     with group.together():
         if group.leader:
@@ -241,6 +246,8 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
     precision = "fp32" if worker.dtype is None else str(worker.dtype).removeprefix("torch.")
     number, unit = (config.local_steps, "step") if config.local_steps else (config.local_epochs, "epoch")
     length = f"{number} {unit}{'s' if number > 1 else ''}"
+    frozen = f", {sum(x.numel() for x in arena.frozen.values()):,} frozen" if arena.frozen else ""
+    together = f", {worker.clients_per_step} clients per step" if worker.clients_per_step > 1 else ""
     return [
         ("method", f"{worker.method.name}: {worker.method.summary}"),
         (
@@ -249,12 +256,12 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
             f"{data.num_classes} classes, {data.clients} clients ({federation.partition.rule})",
         ),
         *_skipped(federation.dataset, len(federation.dataset.labels) - train - test),
-        ("model", f"{config.model}, {shared:,} parameters shared, {local:,} local to each client"),
+        ("model", f"{config.model}, {shared:,} parameters shared, {local:,} local to each client{frozen}"),
         *_start_weights(worker),
         (
             "training",
             f"{config.rounds} rounds, {config.sampled} clients each, {length}, batch {config.batch_size}, "
-            f"{config.optimizer} {config.lr:g}, seed {config.seed}",
+            f"{config.optimizer} {config.lr:g}, seed {config.seed}{together}",
         ),
         ("device", f"{device_name(worker.device)}, {precision}"),
         *_processes(federation),

@@ -5,7 +5,7 @@
 A client's upload is then one contiguous slice, loading a new global model is one copy, and an optimizer can
 update the whole model in one call (in two where there are statistics, which it must not touch). Every tensor starts
 on a block boundary, so that a block of the aggregation kernel belongs to one tensor; the padding between tensors is
-zero and stays zero.
+zero and stays zero. Frozen parameters stay outside of the buffer.
 """
 
 from __future__ import annotations
@@ -81,19 +81,22 @@ class ParameterArena:
         model: its parameters and `running_statistics` become views of the buffer; names, shapes, values and
             `requires_grad` stay.
         local: names (of `state_names(model)`) of the parameters and statistics that are not shared.
+        frozen: names of parameters that nobody trains or sends: they stay where they are, without gradient.
 
     Attributes:
         flat: [P] the whole buffer; `shared` [P_shared] and `local` [P_local] are its two contiguous parts.
         layout, shared_layout, local_layout: where each tensor lies in them.
+        frozen: the frozen parameters by name.
         statistics: where the statistics lie in `flat`; empty if the model has none.
         gradients: [P] after `attach_gradients`, else None; zero for statistics.
 
     Raises:
-        ValueError: an unknown name, no parameters, or tensors of several dtypes or devices.
+        ValueError: an unknown name, no parameters that are not frozen, or tensors of several dtypes or devices.
     """
 
-    def __init__(self, model: nn.Module, local: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, local: Iterable[str] = (), frozen: Iterable[str] = ()) -> None:
         parameters = dict(model.named_parameters())  # tied parameters appear once
+        self.frozen = _take_frozen(parameters, frozen)
         statistics = running_statistics(model)
         tensors: dict[str, Tensor] = {**parameters, **statistics}
         local_names = set(local)
@@ -188,9 +191,19 @@ def state_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ordered if name in names)
 
 
+def _take_frozen(parameters: dict[str, nn.Parameter], frozen: Iterable[str]) -> dict[str, Tensor]:
+    """Take the frozen ones out of `parameters`."""
+    names = dict.fromkeys(frozen)
+    unknown = sorted(names.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(message("frozen", ", ".join(unknown), "names of the model's parameters"))
+    return {name: parameters.pop(name).requires_grad_(False) for name in names}
+
+
 def _check_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], local: set[str]) -> None:
     if not parameters:
-        raise ValueError(message("model", "a module without parameters", "a module with at least one"))
+        takes = "a module with at least one that is not frozen"
+        raise ValueError(message("model", "a module without parameters", takes))
     unknown = sorted(local - tensors.keys())
     if unknown:
         raise ValueError(message("local", ", ".join(unknown), "names of the model's parameters and statistics"))

@@ -323,6 +323,16 @@ class TrainConfig:
         "Training",
         "compile the training step with torch.compile: about a minute at the start, faster steps afterwards",
     )
+    freeze_backbone: bool = _option(
+        False,
+        "Training",
+        "train, and send, only plugins, head and what is local; all else keeps the values it starts with",
+    )
+    clients_per_step: str = _option(
+        "auto",
+        "Training",
+        "how many clients train in one batch: a number, or auto: the fastest on a GPU, 1 on a processor",
+    )
     device: str = _option("auto", "Training", "auto, cpu, cuda, cuda:N or mps")
     reduction: str = _option(
         "exact",
@@ -389,8 +399,20 @@ class TrainConfig:
         from fedperfix.methods import method_class
 
         method_class(self.method).validate(self)
+        if self.freeze_backbone and method_class(self.method).needs_backbone:
+            raise ConfigError(
+                f"--freeze-backbone: takes another method than {self.method}, which trains the backbone"
+            )
+        if self.clients_per_step != "auto":
+            self._validate_clients_per_step()
         self._validate_reduction()
         return self
+
+    def _validate_clients_per_step(self) -> None:
+        number = int(self.clients_per_step) if self.clients_per_step.isdecimal() else 0
+        if not 1 <= number <= self.sampled:
+            takes = f"auto, or a number from 1 to --sampled, which is {self.sampled}"
+            raise _wrong("clients_per_step", self.clients_per_step, takes)
 
     def _validate_reduction(self) -> None:
         from fedperfix.methods import Method, method_class

@@ -40,6 +40,7 @@ class Worker:
 
     Attributes:
         arena: the flat buffer, shared parameters before local ones, with flat gradients.
+        clients_per_step: how many train in one batch; `engine.stacked` chooses.
         eager_in_training: timm's attention layers that are fused in tests only.
         poll: called before every batch; what it raises ends the turn.
     """
@@ -54,7 +55,7 @@ class Worker:
         device: torch.device,
     ) -> None:
         self.model = model.to(device)
-        self.arena = ParameterArena(self.model, method.kept_names(self.model))
+        self.arena = ParameterArena(self.model, method.kept_names(self.model), method.frozen_names(self.model))
         self.arena.attach_gradients()
         self.data = data
         self.preprocess = preprocess
@@ -70,6 +71,7 @@ class Worker:
         # products of matrices (`fedperfix_kernels` knows that of its own attention).
         slow = device.type == "cpu" and self.dtype is not None
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
+        self.clients_per_step = 1
         self.poll: Callable[[], None] = lambda: None
 
     def load(self, index: int, state: FederatedState, round: int) -> Client:
@@ -165,13 +167,16 @@ class Client:
         Yields:
             The model's input [b, C, S, S] and labels [b].
         """
+        for chosen in self.chosen_images(epochs=epochs, steps=steps):
+            self.worker.poll()
+            yield self.worker.preprocess(self.worker.data.inputs[chosen]), self.worker.data.labels[chosen]
+
+    def chosen_images(self, *, epochs: int | None = None, steps: int | None = None) -> Iterator[Tensor]:
+        """As `batches`, but the numbers [b] of the images in place of their pixels and labels."""
         if epochs is None and steps is None:
             epochs, steps = self.config.local_epochs, self.config.local_steps
         passes = range(epochs) if steps is None else itertools.count()
-        chosen_images = (chosen for _ in passes for chosen in self._epoch())
-        for chosen in itertools.islice(chosen_images, steps):
-            self.worker.poll()
-            yield self.worker.preprocess(self.worker.data.inputs[chosen]), self.worker.data.labels[chosen]
+        return itertools.islice((chosen for _ in passes for chosen in self._epoch()), steps)
 
     def _epoch(self) -> Iterator[Tensor]:
         indices = self.worker.data.train[self.index]

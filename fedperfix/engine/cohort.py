@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedperfix.engine.client import Worker
+from fedperfix.engine.client import Client, Worker
 from fedperfix.engine.evaluate import Progress
+from fedperfix.engine.stacked import train_stacked
 from fedperfix.engine.state import FederatedState, Uploads
 from fedperfix.engine.stopwatch import Stopwatch
 
@@ -60,9 +61,9 @@ def train_cohort(
     """Let clients train, each from the global parameters and its own, and test each after its training.
 
     Args:
-        worker: where the clients take their turns.
+        worker: where the clients take their turns, one after the other or `worker.clients_per_step` together.
         state: of the federation; nothing in it changes.
-        clients: who trains, in this order.
+        clients: who trains.
         round: for the random choices.
         watch: counts the phases `train` and `evaluate`.
         progress: told after every turn.
@@ -71,22 +72,43 @@ def train_cohort(
     rows = torch.empty(len(clients), arena.flat.numel(), dtype=arena.flat.dtype, device=worker.device)
     extra = {name: _rows_like(value, len(clients)) for name, value in method.extra_upload(arena).items()}
     own = {name: _rows_like(table[0], len(clients)) for name, table in state.client_state.items()}
-    meters, outputs = [], []
-    for row, index in enumerate(clients):
+    meters = arena.flat.new_empty((len(clients), 3), dtype=torch.float32)
+    outputs: list[Tensor] = [meters] * len(clients)
+    trained = _trained(worker, state, clients, round)
+    for finished in range(1, len(clients) + 1):
         with watch.phase("train"):
-            client = worker.load(index, state, round)
-            method.train_client(client)
+            row, client = next(trained)
             rows[row] = arena.flat
             for name, value in client.upload.items():
                 extra[name][row] = value
             for name, value in client.state.items():
                 own[name][row] = value
-            meters.append(client.meter.clone())
+            meters[row] = client.meter
         with watch.phase("evaluate"):
             method.prepare_test(client)
-            outputs.append(client.test())
-        progress("training", row + 1, len(clients))
-    return Turns(tuple(clients), rows, extra, own, torch.stack(meters), outputs, arena.shared.numel())
+            outputs[row] = client.test()
+        progress("training", finished, len(clients))
+    return Turns(tuple(clients), rows, extra, own, meters, outputs, arena.shared.numel())
+
+
+def _trained(
+    worker: Worker, state: FederatedState, clients: Sequence[int], round: int
+) -> Iterator[tuple[int, Client]]:
+    """Each client after its training, and its place in `clients`; what it left lies in the arena until the next."""
+    if worker.clients_per_step == 1:
+        for row, index in enumerate(clients):
+            client = worker.load(index, state, round)
+            worker.method.train_client(client)
+            yield row, client
+        return
+    # Clients of like size train together, so that none leaves the others early.
+    order = sorted(range(len(clients)), key=lambda row: len(worker.data.train[clients[row]]), reverse=True)
+    for first in range(0, len(order), worker.clients_per_step):
+        together = order[first : first + worker.clients_per_step]
+        turns, results = train_stacked(worker, state, [clients[row] for row in together], round)
+        for row, client, result in zip(together, turns, results, strict=True):
+            worker.arena.flat.copy_(result)
+            yield row, client
 
 
 def _rows_like(value: Tensor, count: int) -> Tensor:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from fedperfix.config import words
-from fedperfix.models.groups import module_parameters, parameter_groups
+from fedperfix.config import ConfigError, words
+from fedperfix.models.groups import PLUGINS, module_parameters, parameter_groups
 from fedperfix_kernels import ParameterArena, aggregate
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Method:
         reference: authors, venue and arXiv number.
         local_groups: groups of `parameter_groups` that are never uploaded; one set of them is kept per client.
         broadcast: names in `server_state` that go down to the clients with the global model.
+        needs_backbone: whether the method is none without training the backbone: it refuses `--freeze-backbone`.
 
     Args:
         config: the run's configuration, from which a method takes its own options.
@@ -45,6 +46,7 @@ class Method:
     reference: ClassVar[str] = ""
     local_groups: ClassVar[tuple[str, ...]] = ()
     broadcast: ClassVar[tuple[str, ...]] = ()
+    needs_backbone: ClassVar[bool] = False
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -73,6 +75,30 @@ class Method:
     def kept_names(self, model: nn.Module) -> tuple[str, ...]:
         """Names of all parameters that stay with the client: `local_names` and those in `--local-modules`."""
         return (*self.local_names(model), *module_parameters(model, words(self.config.local_modules)))
+
+    def frozen_names(self, model: nn.Module) -> tuple[str, ...]:
+        """With `--freeze-backbone`, the names of the parameters that keep the values they start with.
+
+        These are all but plugins, head, and what stays with the client.
+
+        Raises:
+            ConfigError: there are none, or statistics that would change although their layers are frozen.
+        """
+        if not self.config.freeze_backbone:
+            return ()
+        groups = parameter_groups(model)
+        trained = {*self.kept_names(model), *(name for group in (*PLUGINS, "head") for name in groups[group])}
+        parameters = [name for name, _ in model.named_parameters()]
+        frozen = tuple(name for name in parameters if name not in trained)
+        if not frozen:
+            raise ConfigError(
+                f"--freeze-backbone: takes another method: with {self.name} nothing is left to freeze"
+            )
+        if any(name not in parameters for names in groups.values() for name in names):
+            raise ConfigError(
+                f"--freeze-backbone: takes a model without batch norm; got --model {self.config.model}"
+            )
+        return frozen
 
     def client_state(self, arena: ParameterArena) -> dict[str, Tensor]:
         """Start values of what every client keeps besides its local parameters, by name.

@@ -24,6 +24,7 @@ class FedBABU(Method):
     summary = "body shared, head frozen until it is fine-tuned before a test"
     reference = "Oh et al., ICLR 2022, arXiv 2106.06042"
     local_groups = ("head",)
+    needs_backbone = True
 
     def train_client(self, client: Client) -> None:
         client.train("shared")

@@ -40,6 +40,7 @@ class FedTP(Method):
     name = "fedtp"
     summary = "attention's q, k and v generated per client by a hypernetwork at the server, the rest shared"
     reference = "Li et al., IEEE TNNLS 2023, arXiv 2211.01572"
+    needs_backbone = True
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

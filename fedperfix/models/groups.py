@@ -21,8 +21,8 @@ from fedperfix_kernels.arena import running_statistics, state_names
 from fedperfix_kernels.nn import Prefix
 
 # What a method adds to a model; first, because it lies inside the layers that it changes.
-_PLUGINS: dict[str, type[nn.Module]] = {"prefix": Prefix, "prompt": Prompts, "adapter": Adapter, "lora": LowRank}
-GROUPS = (*_PLUGINS, "head", "attention", "mlp", "patch_embed", "norm", "conv", "position", "other")
+PLUGINS: dict[str, type[nn.Module]] = {"prefix": Prefix, "prompt": Prompts, "adapter": Adapter, "lora": LowRank}
+GROUPS = (*PLUGINS, "head", "attention", "mlp", "patch_embed", "norm", "conv", "position", "other")
 
 # timm has many attention, MLP and norm classes; their class names end in what they are.
 _CLASS_SUFFIXES = {
@@ -112,10 +112,10 @@ def module_parameters(model: nn.Module, modules: Iterable[str]) -> tuple[str, ..
 
 
 def _modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    modules: dict[str, list[nn.Module]] = {group: [] for group in (*_PLUGINS, "head", *_CLASS_SUFFIXES)}
+    modules: dict[str, list[nn.Module]] = {group: [] for group in (*PLUGINS, "head", *_CLASS_SUFFIXES)}
     modules["head"] = _classifiers(model)
     for module in model.modules():
-        plugin = next((group for group, kind in _PLUGINS.items() if isinstance(module, kind)), None)
+        plugin = next((group for group, kind in PLUGINS.items() if isinstance(module, kind)), None)
         if plugin is not None:
             modules[plugin].append(module)
         elif isinstance(module, PrefixAttention):

@@ -47,6 +47,7 @@ def save(path: Path, state: FederatedState, arena: ParameterArena, config: Train
         "version": VERSION,
         "round": str(state.round),
         "config": config_digest(config),
+        "frozen": _frozen_checksum(arena),
         "checksum": _checksum(tensors),
     }
     with replacing(path) as temporary:
@@ -84,6 +85,10 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     if metadata.get("config") != config_digest(config):
         raise CheckpointError(
             f"--resume: '{path}' was made with another configuration than the folder's config.toml"
+        )
+    if arena.frozen and metadata.get("frozen") != _frozen_checksum(arena):
+        raise CheckpointError(
+            f"--resume: '{path}' was made with another frozen backbone than the model starts with"
         )
     places = dict(_named(state, arena))
     wrong = sorted(
@@ -145,6 +150,10 @@ def _columns(layout: BlockLayout, table: Tensor) -> dict[str, Tensor]:
         name: table[:, start : start + shape.numel()].unflatten(1, shape) if shape else table[:, start]
         for name, shape, start in zip(layout.names, layout.shapes, layout.offsets, strict=True)
     }
+
+
+def _frozen_checksum(arena: ParameterArena) -> str:
+    return _checksum({name: value.detach().cpu() for name, value in arena.frozen.items()})
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
