@@ -212,7 +212,7 @@ def _parameter(rows: Tensor, gradients: Tensor, active: int) -> nn.Parameter:
 def _keep_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     """Replace the optimizer's parameter by its first rows, and its state by that of those rows."""
     group = optimizer.param_groups[0]
-    state = optimizer.state.pop(group["params"][0])
+    state = optimizer.state.pop(group["params"][0], {})  # SGD without momentum may keep none
     group["params"] = [parameter]
     optimizer.state[parameter] = {
         name: value[: len(parameter)] if isinstance(value, Tensor) and value.dim() else value
