@@ -26,6 +26,7 @@ from fedperfix.engine.group import ALONE, Group, ProcessLost, join
 from fedperfix.engine.round import run_round
 from fedperfix.engine.stacked import clients_per_step
 from fedperfix.engine.state import FederatedState
+from fedperfix.engine.table import DiskTable
 from fedperfix.methods import method_class
 from fedperfix.models import input_shape, model_for
 from fedperfix.run import checkpoint, folder, metrics
@@ -35,6 +36,7 @@ from fedperfix.run.interrupt import Interrupted, interruptible
 from fedperfix.run.metrics import RoundMetrics
 from fedperfix.run.plots import PLOT, plot_run
 from fedperfix.run.progress import display, header, print_plain, summary
+from fedperfix.run.slots import TABLE
 from fedperfix_kernels import explain
 from fedperfix_kernels.nn import prefix_parameters
 
@@ -141,8 +143,27 @@ def build(config: TrainConfig, device: torch.device, group: Group = ALONE) -> Fe
     method = method_class(config.method)(config)
     worker = Worker(model, data, Preprocess(size), method, config, device)
     backend = "auto" if config.fused else "reference"
-    state = FederatedState.initial(worker.arena, method, config.clients, backend)
+    table = _personal_table(config, group)
+    state = FederatedState.initial(worker.arena, method, config.clients, backend, table)
     return Federation(config, worker, state, dataset, partition, group)
+
+
+def _personal_table(config: TrainConfig, group: Group) -> str:
+    """Where the clients' rows lie; a resumed run leaves them where they are, and several processes have them all.
+
+    Raises:
+        ConfigError: they lie on disk, and the run has several processes.
+    """
+    wanted = config.personal_table
+    if wanted == "auto" and config.resume is not None:
+        wanted = "disk" if (Path(config.resume) / TABLE).exists() else "memory"
+    if group.size == 1:
+        return wanted
+    if wanted == "disk":
+        raise ConfigError(
+            f"--personal-table: got disk, takes memory with {group.size} processes; start one process"
+        )
+    return "memory"
 
 
 def start(federation: Federation) -> Run:
@@ -263,6 +284,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
             f"{config.rounds} rounds, {config.sampled} clients each, {length}, batch {config.batch_size}, "
             f"{config.optimizer} {config.lr:g}, seed {config.seed}{together}",
         ),
+        *_table(federation),
         ("device", f"{device_name(worker.device)}, {precision}"),
         *_processes(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
@@ -278,6 +300,15 @@ def _processes(federation: Federation) -> list[tuple[str, str]]:
         return []
     idle = f"; {size - sampled} of them only test, as a round has {sampled} clients" if size > sampled else ""
     return [("processes", f"{size}, reduction {federation.config.reduction}{idle}")]
+
+
+def _table(federation: Federation) -> list[tuple[str, str]]:
+    """Where the clients' rows lie, if that is on disk."""
+    table, clients = federation.state.table, federation.config.clients
+    if not isinstance(table, DiskTable):
+        return []
+    reason = " (more than a quarter of this machine's memory)" if table.is_large else ""
+    return [("clients", f"{clients:,} rows of {table.row_size / 1e6:,.2f} MB on disk, in {TABLE}{reason}")]
 
 
 def _start_weights(worker: Worker) -> list[tuple[str, str]]:

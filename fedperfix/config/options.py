@@ -18,6 +18,7 @@ PROMPT_DEPTHS = ("shallow", "deep")
 PERFEDAVG_VARIANTS = ("fo", "hf")
 PROTOCOLS = ("final", "authors-code", "both")
 REDUCTIONS = ("exact", "sum")
+TABLES = ("auto", "memory", "disk")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # A resumed run may differ in these from the run it continues: they change where and how long, not what.
 RESUMABLE = (
@@ -357,7 +358,17 @@ class TrainConfig:
         choices=lambda: PROTOCOLS,
     )
     eval_every: int = _option(5, "Output", "rounds between evaluations over all clients", at_least=1)
+    eval_clients: int | None = _option(
+        None, "Output", "test only so many clients in an evaluation, new ones each time (default: all)", at_least=1
+    )
     checkpoint_every: int = _option(5, "Output", "rounds between checkpoints", at_least=1)
+    personal_table: str = _option(
+        "auto",
+        "Output",
+        "where the clients' own states lie: in memory, or on disk in the run's folder; auto is disk if they exceed "
+        "a quarter of the memory",
+        choices=lambda: TABLES,
+    )
     run_dir: str | None = _option(None, "Output", "folder of the run (default: a new one under runs/)")
     resume: str | None = _option(
         None, "Output", "folder of a run to continue, with the configuration that is in it"
@@ -383,6 +394,8 @@ class TrainConfig:
             _check_field(name, kind, getattr(self, name))
         if self.sampled > self.clients:
             raise _wrong("sampled", self.sampled, f"at most --clients, which is {self.clients}")
+        if self.eval_clients is not None and self.eval_clients > self.clients:
+            raise _wrong("eval_clients", self.eval_clients, f"at most --clients, which is {self.clients}")
         if self.momentum and self.optimizer != "sgd":
             raise _wrong("momentum", self.momentum, f"0 with --optimizer {self.optimizer}; choose --optimizer sgd")
         if self.mode == "additive" and self.prefix == "tokens":

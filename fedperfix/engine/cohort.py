@@ -71,7 +71,7 @@ def train_cohort(
     arena, method = worker.arena, worker.method
     rows = torch.empty(len(clients), arena.flat.numel(), dtype=arena.flat.dtype, device=worker.device)
     extra = {name: _rows_like(value, len(clients)) for name, value in method.extra_upload(arena).items()}
-    own = {name: _rows_like(table[0], len(clients)) for name, table in state.client_state.items()}
+    own = {name: _rows_like(table[0].to(worker.device), len(clients)) for name, table in state.client_state.items()}
     meters = arena.flat.new_empty((len(clients), 3), dtype=torch.float32)
     outputs: list[Tensor] = [meters] * len(clients)
     trained = _trained(worker, state, clients, round)

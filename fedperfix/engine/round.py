@@ -34,12 +34,13 @@ class RoundResult:
             clients were dropped.
         train_images: how many images went through training.
         local: the sampled clients, each tested after its training, before the aggregation.
-        personalised: all clients, tested with the new global parameters and their own (protocol `final`); None
-            between evaluations.
-        mixed: all clients, tested as the authors' released code does (protocol `authors-code`): the sampled ones
+        personalised: all clients (or `--eval-clients` of them), tested with the new global parameters and their
+            own (protocol `final`); None between evaluations.
+        mixed: the same, tested as the authors' released code does (protocol `authors-code`): the sampled ones
             after their training, the others with the global parameters as the round began; None as above.
         bytes_up, bytes_down: sent by and to all sampled clients together.
         seconds: by phase (`train`, `aggregate`, `evaluate`).
+        clients: how many there are.
     """
 
     round: int
@@ -54,6 +55,7 @@ class RoundResult:
     bytes_up: int
     bytes_down: int
     seconds: dict[str, float]
+    clients: int
 
 
 def run_round(
@@ -71,7 +73,7 @@ def run_round(
         worker: where the clients take their turns.
         state: of the federation; changed in place.
         config: of the run.
-        evaluate_all: whether to test all clients at the end.
+        evaluate_all: whether to test all clients (or `--eval-clients` of them) at the end.
         progress: told after every client's turn: the phase, how many clients are done, and of how many.
         group: the processes among which the clients are spread; all of them call this with the same state.
 
@@ -81,17 +83,18 @@ def run_round(
     round = state.round + 1
     method, arena, watch = worker.method, worker.arena, Stopwatch(worker.device)
     sampled = sample_clients(config, round)
+    tested = tested_clients(config, round)
 
-    with torch.random.fork_rng(_gpus(worker.device)), state.transaction(sampled):
+    with torch.random.fork_rng(_gpus(worker.device)), state.transaction():
         spread, turns, local = train_spread(group, worker, state, sampled, round, watch, progress)
 
         with watch.phase("evaluate"):
             mixed = None
             if evaluate_all and config.protocol != "final":
-                others = [index for index in range(worker.data.clients) if index not in sampled]
-                mixed = local
+                others = sorted(set(tested) - set(sampled))
+                mixed = local.among(sorted(set(tested) & set(sampled)))
                 if others:
-                    mixed = local.with_others(evaluate_spread(group, worker, state, others, round, progress))
+                    mixed = mixed.with_others(evaluate_spread(group, worker, state, others, round, progress))
 
         with watch.phase("aggregate"):
             if config.reduction == "sum":
@@ -106,8 +109,7 @@ def run_round(
         with watch.phase("evaluate"):
             personalised = None
             if evaluate_all and config.protocol != "authors-code":
-                everyone = range(worker.data.clients)
-                personalised = evaluate_spread(group, worker, state, everyone, round, progress)
+                personalised = evaluate_spread(group, worker, state, tested, round, progress)
         state.round = round
 
     loss, correct, images = turns.meters[kept].double().sum(0).tolist()
@@ -126,6 +128,7 @@ def run_round(
         bytes_up=len(sampled) * _bytes(up, arena),
         bytes_down=len(sampled) * _bytes(down, arena),
         seconds=watch.seconds,
+        clients=config.clients,
     )
 
 
@@ -142,6 +145,14 @@ def sample_clients(config: TrainConfig, round: int) -> list[int]:
     """The clients of a round, drawn without replacement, in ascending order."""
     generator = numpy_generator(config.seed, "cohort", round=round)
     return sorted(generator.choice(config.clients, config.sampled, replace=False).tolist())
+
+
+def tested_clients(config: TrainConfig, round: int) -> Sequence[int]:
+    """The clients that an evaluation tests, in ascending order: all, or `--eval-clients` of them drawn anew."""
+    if config.eval_clients is None:
+        return range(config.clients)
+    generator = numpy_generator(config.seed, "evaluation", round=round)
+    return sorted(generator.choice(config.clients, config.eval_clients, replace=False).tolist())
 
 
 def data_weights(worker: Worker, clients: Sequence[int]) -> Tensor:

@@ -6,14 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from fedperfix.engine.table import CLIENT, PERSONAL, ClientTable, Column, make_table
 from fedperfix.methods import Method
 from fedperfix_kernels import BlockLayout, ParameterArena
-
-# A personal table larger than this part of a GPU's free memory stays in the host's.
-_TABLE_SHARE = 0.25
 
 
 @dataclass
@@ -65,74 +62,77 @@ class FederatedState:
 
     Args:
         server: the server's side.
-        personal: [clients, P_local] the local parameters of every client.
-        client_state: what the method keeps at the clients, by name: [clients, *shape].
+        table: what every client keeps: its local parameters and the method's client state.
         round: how many rounds are finished.
     """
 
     server: Server
-    personal: Tensor
-    client_state: dict[str, Tensor]
+    table: ClientTable
     round: int = 0
 
     @classmethod
-    def initial(cls, arena: ParameterArena, method: Method, clients: int, backend: str) -> FederatedState:
-        """The state before the first round: every client starts from the parameters that lie in `arena`."""
+    def initial(
+        cls, arena: ParameterArena, method: Method, clients: int, backend: str, table: str = "memory"
+    ) -> FederatedState:
+        """The state before the first round: every client starts from the parameters that lie in `arena`.
+
+        Args:
+            arena: of the model.
+            method: says what clients and server keep.
+            clients: how many there are.
+            backend: for `fedperfix_kernels.aggregate`.
+            table: where the clients' rows lie: `auto`, `memory` or `disk`.
+        """
         parameters = min(arena.statistics.start, arena.shared.numel())
         server = Server(arena.shared.clone(), arena.shared_layout, method.server_state(arena), backend, parameters)
-        start = {name: value.detach() for name, value in method.client_state(arena).items()}
-        numel = clients * (arena.local.numel() + sum(value.numel() for value in start.values()))
-        where = _table_device(numel * arena.flat.element_size(), arena.flat.device)
-        tables = {name: _repeat(value, clients, where) for name, value in start.items()}
-        return cls(server, _repeat(arena.local, clients, where), tables)
+        own = {f"{CLIENT}{name}": value.detach() for name, value in method.client_state(arena).items()}
+        start = {PERSONAL: arena.local, **own}
+        return cls(server, make_table(table, start, clients, arena.local_layout, arena.flat.device))
+
+    @property
+    def personal(self) -> Tensor | Column:
+        """[clients, P_local] the local parameters of every client."""
+        return self.table.columns[PERSONAL]
+
+    @property
+    def client_state(self) -> dict[str, Tensor | Column]:
+        """What the method keeps at the clients, by name: [clients, *shape]."""
+        columns = self.table.columns.items()
+        return {name.removeprefix(CLIENT): column for name, column in columns if name != PERSONAL}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by name, as it lies in memory."""
+        """Every tensor of the state, by name, as it lies in memory; rows on disk are read."""
         return {
             "shared": self.server.shared,
-            "personal": self.personal,
             **{f"server.{name}": value for name, value in self.server.state.items()},
-            **{f"client.{name}": value for name, value in self.client_state.items()},
+            **{name: column[:] for name, column in self.table.columns.items()},
         }
 
     def keep(self, clients: Sequence[int], local: Tensor, own: Mapping[str, Tensor]) -> None:
-        """Write what clients keep after a round into their rows of the tables.
+        """Write what clients keep after a round into their rows of the table.
 
         Args:
             clients: their numbers.
             local: [K, P_local] their local parameters.
             own: the method's client state, by name: [K, *shape].
         """
-        target = torch.tensor(clients, device=self.personal.device)
-        self.personal[target] = local.to(self.personal.device)
-        for name, values in own.items():
-            self.client_state[name][target] = values.to(self.personal.device)
+        self.table.write(clients, {PERSONAL: local, **{f"{CLIENT}{name}": rows for name, rows in own.items()}})
 
     @contextmanager
-    def transaction(self, clients: Sequence[int]) -> Iterator[None]:
-        """Undo every change of the server's side and of these clients' rows if the block does not end normally."""
-        rows = torch.tensor(clients, device=self.personal.device)
-        tables = [self.personal, *self.client_state.values()]
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of the server's side and of the clients' rows if the block does not end normally."""
         whole = [self.server.shared, *self.server.state.values()]
-        before = [value.clone() for value in whole], [table[rows] for table in tables]
+        before = [value.clone() for value in whole]
+        round = self.round
         try:
             yield
+            self.table.commit(self.round)
         except BaseException:
-            for value, old in zip(whole, before[0], strict=True):
+            for value, old in zip(whole, before, strict=True):
                 value.copy_(old)
-            for table, old in zip(tables, before[1], strict=True):
-                table[rows] = old
+            self.table.undo()
+            self.round = round
             raise
-
-
-def _repeat(row: Tensor, clients: int, device: torch.device) -> Tensor:
-    return row.detach().to(device).expand(clients, *row.shape).clone()
-
-
-def _table_device(size: int, device: torch.device) -> torch.device:
-    if device.type == "cuda" and size > _TABLE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return torch.device("cpu")
-    return device
 
 
 def unpadded(value: Tensor, arena: ParameterArena) -> int:

@@ -3,6 +3,9 @@
 Tensors in it: `global.<parameter>`, `personal.<parameter>` [clients, ...], and what the method keeps,
 `server.<name>` and `client.<name>` [clients, ...]. Random choices are functions of (seed, purpose, client, round),
 so no generator has a state to be saved.
+
+Where the clients' rows lie in a table on disk, the checkpoint has the global part only, and in its metadata the
+seal of that table (`fedperfix/run/slots.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +27,10 @@ from torch import Tensor
 
 from fedperfix.config import NOT_SAVED, RESUMABLE, TrainConfig
 from fedperfix.engine.state import FederatedState
+from fedperfix.engine.table import PERSONAL, DiskTable, MemoryTable, named_row
 from fedperfix.methods.custom import short_name
-from fedperfix.run.files import replacing
+from fedperfix.run.files import replacing, sync_folder
+from fedperfix.run.slots import TABLE, SlotFile, TableError
 from fedperfix_kernels import BlockLayout, ParameterArena
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -41,6 +48,8 @@ def save(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     Raises:
         OSError: it cannot be written; what was there is intact.
     """
+    table = state.table if isinstance(state.table, DiskTable) else None
+    seal = {"table": table.seal(path.parent, state.round)} if table else {}  # safely on disk before the checkpoint
     tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in _named(state, arena)}
     metadata = {
         "format": FORMAT,
@@ -49,6 +58,7 @@ def save(path: Path, state: FederatedState, arena: ParameterArena, config: Train
         "config": config_digest(config),
         "frozen": _frozen_checksum(arena),
         "checksum": _checksum(tensors),
+        **seal,
     }
     with replacing(path) as temporary:
         try:
@@ -58,6 +68,9 @@ def save(path: Path, state: FederatedState, arena: ParameterArena, config: Train
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    if table:
+        sync_folder(path.parent)  # the rows of the older checkpoint are free to be overwritten from here on
+        table.checkpointed(state.round)
 
 
 def load(path: Path, state: FederatedState, arena: ParameterArena, config: TrainConfig) -> None:
@@ -73,13 +86,7 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
         CheckpointError: no such file, not a checkpoint, one of another version or configuration, or a damaged one.
     """
     metadata, tensors = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"--resume: '{path}' is not a checkpoint of this program")
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"--resume: '{path}' has checkpoint version {metadata.get('version')}, this program reads {VERSION}; "
-            "use the version of fedperfix that wrote it"
-        )
+    _check_format(path, metadata)
     if metadata.get("checksum") != _checksum(tensors):
         raise CheckpointError(f"--resume: '{path}' is damaged: its content does not match its checksum")
     if metadata.get("config") != config_digest(config):
@@ -90,6 +97,7 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
         raise CheckpointError(
             f"--resume: '{path}' was made with another frozen backbone than the model starts with"
         )
+    _check_table(path, state, metadata.get("table"))
     places = dict(_named(state, arena))
     wrong = sorted(
         name
@@ -100,9 +108,83 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     )
     if wrong:
         raise CheckpointError(f"--resume: '{path}' does not fit this model and method ({wrong[0]} differs)")
+    if isinstance(state.table, DiskTable):
+        _open_table(path, state.table, int(metadata["round"]), metadata["table"])
     for name, place in places.items():
         place.copy_(tensors[name])
     state.round = int(metadata["round"])
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"--resume: '{path}' is not a checkpoint of this program")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"--resume: '{path}' has checkpoint version {metadata.get('version')}, this program reads {VERSION}; "
+            "use the version of fedperfix that wrote it"
+        )
+
+
+def _check_table(path: Path, state: FederatedState, seal: str | None) -> None:
+    """Whether checkpoint and state have the clients' rows in the same place."""
+    if seal is not None and isinstance(state.table, MemoryTable):
+        table = path.parent / TABLE
+        missing = "" if table.exists() else ", which is missing"
+        raise CheckpointError(f"--resume: '{path}' has its clients' rows on disk, in '{table}'{missing}")
+    if seal is None and isinstance(state.table, DiskTable):
+        raise CheckpointError(f"--resume: '{path}' has its clients' rows in itself; leave --personal-table out")
+
+
+def _open_table(path: Path, table: DiskTable, round: int, seal: str) -> None:
+    """Take the clients' rows from the table beside a checkpoint."""
+    try:
+        table.open(path.parent, round, seal)
+    except TableError as error:
+        raise CheckpointError(f"--resume: {error}") from error
+
+
+def read_client(folder: Path, client: int) -> dict[str, Tensor]:
+    """What a client of a run keeps, as of the run's checkpoint, wherever the run has its rows.
+
+    Args:
+        folder: of the run.
+        client: its number.
+
+    Returns:
+        On the CPU, by name: `personal.<parameter>`, and `client.<name>` of what the method keeps.
+
+    Raises:
+        CheckpointError: a checkpoint or a table that cannot be used, or no such client.
+    """
+    path = folder / CHECKPOINT
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        _check_format(path, metadata)
+        if "table" not in metadata:
+            return _rows_of(file, path, client)
+    try:
+        slots = SlotFile.open(folder / TABLE, int(metadata["round"]), metadata["table"], write=False)
+        _check_client(client, slots.clients, folder)
+        return named_row(slots, client)
+    except TableError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _rows_of(file: Any, path: Path, client: int) -> dict[str, Tensor]:
+    """One client's rows of a checkpoint that has them all."""
+    names = [name for name in file.keys() if name.startswith(("personal.", "client."))]  # noqa: SIM118
+    rows = {name: file.get_slice(name) for name in names}
+    clients = min((row.get_shape()[0] for row in rows.values()), default=0)
+    if rows:
+        _check_client(client, clients, path.parent)
+    return {name: row[client : client + 1][0] for name, row in rows.items()}
+
+
+def _check_client(client: int, clients: int, folder: Path) -> None:
+    if not 0 <= client < clients:
+        raise CheckpointError(
+            f"client: got {client}, takes 0 to {clients - 1}, the clients of the run in '{folder}'"
+        )
 
 
 def config_digest(config: TrainConfig) -> str:
@@ -122,9 +204,16 @@ def config_digest(config: TrainConfig) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`; what goes wrong in the block is a `CheckpointError`."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"--resume: there is no checkpoint '{path}'") from error
     except (SafetensorError, OSError) as error:
@@ -136,12 +225,14 @@ def _named(state: FederatedState, arena: ParameterArena) -> Iterator[tuple[str, 
     """Every tensor of the state by its name in the file, as a view of the state's own memory."""
     for name, view in arena.shared_layout.views(state.server.shared).items():
         yield f"global.{name}", view
-    for name, view in _columns(arena.local_layout, state.personal).items():
-        yield f"personal.{name}", view
     for name, value in state.server.state.items():
         yield f"server.{name}", value
-    for name, value in state.client_state.items():
-        yield f"client.{name}", value
+    if isinstance(state.table, MemoryTable):
+        for name, view in _columns(arena.local_layout, state.table.columns[PERSONAL]).items():
+            yield f"{PERSONAL}.{name}", view
+        for name, value in state.table.columns.items():
+            if name != PERSONAL:
+                yield name, value
 
 
 def _columns(layout: BlockLayout, table: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries safely to disk: names of files that were made or replaced in it."""
+    if os.name != "posix":  # other systems do not open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: afterwards it is the old one or the new one, never a part."""
     with replacing(path) as temporary:

@@ -37,7 +37,9 @@ class RoundMetrics:
     with the new global parameters and the client's own; `mixed_*` is over all clients as the authors' released code
     tests them (`--protocol authors-code`); None in rounds without test and where the protocol leaves them out.
     `worst` is the mean of the worst tenth of the clients, `weighted` the mean over test images, `auc` and `f1` are
-    means over clients in percent (`auc_clients` of them have an AUC), the losses are mean cross-entropies.
+    means over clients in percent (`auc_clients` of them have an AUC), the losses are mean cross-entropies. Where
+    `tested_clients` is not None, `all_*` and `mixed_*` are over so many clients drawn at random (`--eval-clients`),
+    and `sampled_*` is left out.
     """
 
     round: int
@@ -87,13 +89,16 @@ class RoundMetrics:
     mixed_auc: float | None = None
     mixed_auc_clients: int | None = None
     mixed_f1: float | None = None
+    tested_clients: int | None = None
 
     @classmethod
     def of(cls, result: RoundResult, seconds: float) -> RoundMetrics:
         """The record of a round that took `seconds` from the end of the one before."""
         train, aggregate = result.seconds["train"], result.seconds["aggregate"]
         evaluate = result.seconds["evaluate"]
-        everyone = result.personalised
+        tested = result.personalised or result.mixed
+        part = len(tested.clients) if tested and len(tested.clients) < result.clients else None
+        everyone = result.personalised if part is None else None
         return cls(
             round=result.round,
             sampled=len(result.sampled),
@@ -103,7 +108,7 @@ class RoundMetrics:
             train_accuracy=result.train_accuracy,
             **_spread("local", result.local),
             **_spread("sampled", everyone.among(result.sampled) if everyone else None),
-            **_spread("all", everyone),
+            **_spread("all", result.personalised),
             **_spread("mixed", result.mixed),
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
@@ -113,12 +118,18 @@ class RoundMetrics:
             seconds_aggregate=round(aggregate, _ROUND_DIGITS),
             seconds_evaluate=round(evaluate, _ROUND_DIGITS),
             seconds_other=round(max(0.0, seconds - train - aggregate - evaluate), _ROUND_DIGITS),
+            tested_clients=part,
         )
 
     @property
     def headline(self) -> str | None:
         """Which columns are the result of this round's test of all clients: `all`, else `mixed`, else None."""
         return next((name for name in ("all", "mixed") if getattr(self, f"{name}_mean") is not None), None)
+
+    @property
+    def headline_of(self) -> str:
+        """Over whom the columns of `headline` are, in words."""
+        return "all" if self.tested_clients is None else f"{self.tested_clients} random"
 
     @property
     def headline_mean(self) -> float | None:

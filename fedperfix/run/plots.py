@@ -54,7 +54,7 @@ def _draw_curve(axes, rounds: Sequence[RoundMetrics]) -> None:
         [m.round for m in rounds], [m.local_mean for m in rounds], color=_ORANGE, lw=1.2, alpha=0.8, label=label
     )
     axes.fill_between(x, low, high, color=_BLUE, alpha=0.15, lw=0)
-    tested_as = f"{HEADLINES[tested[-1].headline or 'all']}, all clients (mean ± std)"
+    tested_as = f"{HEADLINES[tested[-1].headline or 'all']}, {tested[-1].headline_of} clients (mean ± std)"
     axes.plot(x, mean, color=_BLUE, lw=2, marker="o", ms=4, label=tested_as)
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)

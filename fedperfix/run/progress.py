@@ -65,7 +65,7 @@ class Live:
 
     def round(self, metrics: RoundMetrics) -> None:
         if metrics.headline:
-            self._accuracy = f"  all {metrics.headline_mean:.1f} %"
+            self._accuracy = f"  {metrics.headline_of} {metrics.headline_mean:.1f} %"
         speed = f"{metrics.images_per_second:,.0f} {self._samples}/s"
         figures = f"local {metrics.local_mean:.1f} %{self._accuracy}  {speed}"
         self._progress.update(self._rounds, completed=metrics.round, figures=figures)
@@ -91,7 +91,8 @@ class Lines:
         left = elapsed / (metrics.round - self._first) * (self._rounds - metrics.round)
         parts = [f"local {metrics.local_mean:5.1f} %"]
         if metrics.headline:
-            parts.append(f"{HEADLINES[metrics.headline]} {metrics.headline_mean:5.1f} %")
+            of = "" if metrics.tested_clients is None else f" of {metrics.headline_of}"
+            parts.append(f"{HEADLINES[metrics.headline]}{of} {metrics.headline_mean:5.1f} %")
         parts += [f"{metrics.images_per_second:,.0f} {self._samples}/s", f"{clock(left)} left"]
         width = len(str(self._rounds))
         print_plain(self._console, f"round {metrics.round:>{width}}/{self._rounds}  " + "  ".join(parts))
@@ -131,7 +132,7 @@ def summary(console: Console, rounds: Sequence[RoundMetrics], folder: Path) -> N
         for prefix, name in HEADLINES.items():
             for which, record in (("last", last), ("best", best)):
                 if getattr(record, f"{prefix}_mean") is not None:
-                    _row(table, f"{name}, all", which, record, prefix)
+                    _row(table, f"{name}, {record.headline_of}", which, record, prefix)
     console.print(table)
     print_plain(console, "local: after local training, before the aggregation")
     print_plain(console, "global+personal: after the aggregation, the new global parameters and each client's own")

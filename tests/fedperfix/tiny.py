@@ -59,6 +59,7 @@ def federation(
     *,
     model: nn.Module | None = None,
     client_data: FederatedData | None = None,
+    table: str = "memory",
     **options: object,
 ) -> tuple[Worker, FederatedState, TrainConfig]:
     """A worker and the state before the first round."""
@@ -68,7 +69,7 @@ def federation(
         torch.manual_seed(1)
         model = Linear()
     worker = Worker(model, client_data or data(), Preprocess(SIDE), rule, config, CPU)
-    return worker, FederatedState.initial(worker.arena, rule, config.clients, "auto"), config
+    return worker, FederatedState.initial(worker.arena, rule, config.clients, "auto", table), config
 
 
 def dataset(images: int = 240, side: int = 8) -> Dataset:
