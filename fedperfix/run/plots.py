@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fedperfix.run.files import replacing
 from fedperfix.run.metrics import HEADLINES, RoundMetrics
 
 PLOT = "accuracy.png"
+_BARS = 500  # at most so many are drawn one by one
 _BLUE, _ORANGE, _GREY = "#2b6cb0", "#dd6b20", "#718096"
 
 
@@ -42,6 +46,21 @@ def plot_run(path: Path, rounds: Sequence[RoundMetrics], accuracies: Sequence[fl
         figure.savefig(temporary, format="png")
 
 
+def draw_bars(axes: Any, x: Sequence[int], heights: Sequence[float], bottom: Any = 0.0, **style: Any) -> None:
+    """One bar per client; of very many clients, which would take minutes, the outline of the bars.
+
+    Args:
+        axes: matplotlib's, to draw on.
+        x, heights: where the bars stand and how high they are.
+        bottom: where they begin, a number or one for each.
+        style: of matplotlib, such as a colour.
+    """
+    if len(x) <= _BARS:
+        axes.bar(x, heights, bottom=bottom, width=0.8, **style)
+    else:
+        axes.fill_between(x, bottom, bottom + np.asarray(heights), step="mid", lw=0, **style)
+
+
 def _draw_curve(axes, rounds: Sequence[RoundMetrics]) -> None:
     tested = [metrics for metrics in rounds if metrics.headline]
     x = [metrics.round for metrics in tested]
@@ -64,7 +83,7 @@ def _draw_curve(axes, rounds: Sequence[RoundMetrics]) -> None:
 
 def _draw_spread(axes, accuracies: Sequence[float]) -> None:
     mean = sum(accuracies) / len(accuracies)
-    axes.bar(range(1, len(accuracies) + 1), accuracies, width=0.8, color=_BLUE, alpha=0.75)
+    draw_bars(axes, range(1, len(accuracies) + 1), accuracies, color=_BLUE, alpha=0.75)
     axes.axhline(mean, color=_GREY, lw=1, ls="--")
     axes.annotate(f"mean {mean:.1f}", (0.02, mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xlabel("clients, from worst to best")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedperfix.engine.evaluate import Evaluation
 from fedperfix.engine.round import run_round
 from fedperfix.run import metrics
 from fedperfix.run.metrics import RoundMetrics
-from fedperfix.run.plots import plot_run
+from fedperfix.run.plots import draw_bars, plot_run
 from fedperfix.run.progress import display, summary
 from tests.fedperfix import tiny
 
@@ -34,6 +35,16 @@ def played(rounds: int = 3) -> list[RoundMetrics]:
         RoundMetrics.of(run_round(worker, state, config, evaluate_all=round % 2 == 1), 2.0)
         for round in range(rounds)
     ]
+
+
+@pytest.mark.parametrize(("clients", "bars"), [(500, 500), (501, 0)])
+def test_bars_of_very_many_clients_are_drawn_as_one_outline(clients: int, bars: int) -> None:
+    axes = Figure().subplots()
+    bottom = np.full(clients, 2.0)
+    draw_bars(axes, range(clients), np.arange(clients) % 7, bottom, color="red")
+    assert len(axes.patches) == bars
+    assert len(axes.collections) == (bars == 0)
+    assert axes.dataLim.bounds[1:2] + axes.dataLim.bounds[3:] == (2.0, 6.0)
 
 
 def test_the_spread_is_what_its_names_say() -> None:

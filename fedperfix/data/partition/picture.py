@@ -10,6 +10,7 @@ import numpy as np
 from fedperfix.data.dataset import Dataset
 from fedperfix.data.partition import Partition
 from fedperfix.run.files import replacing
+from fedperfix.run.plots import draw_bars
 
 PICTURE = "partition.png"
 _NAMED_CLASSES = 40  # with more, the names would be too small to read
@@ -65,8 +66,8 @@ def draw_partition(path: Path, dataset: Dataset, partition: Partition) -> None:
     figure.colorbar(mesh, ax=table, label="samples", pad=0.01, fraction=0.03)
 
     x = np.arange(clients)
-    sizes.bar(x, train.sum(1), width=0.8, color="#2b6cb0", label="training")
-    sizes.bar(x, test.sum(1), width=0.8, bottom=train.sum(1), color="#dd6b20", label="test")
+    draw_bars(sizes, x, train.sum(1), color="#2b6cb0", label="training")
+    draw_bars(sizes, x, test.sum(1), train.sum(1), color="#dd6b20", label="test")
     sizes.set_xlabel("client")
     sizes.set_ylabel("samples")
     sizes.spines[["top", "right"]].set_visible(False)
