@@ -31,7 +31,7 @@ from fedperfix.methods import method_class
 from fedperfix.models import input_shape, model_for
 from fedperfix.run import checkpoint, folder, metrics
 from fedperfix.run.cli import cli, explain_error, reported
-from fedperfix.run.files import write_text
+from fedperfix.run.files import remove_parts, write_text
 from fedperfix.run.interrupt import Interrupted, interruptible
 from fedperfix.run.metrics import RoundMetrics
 from fedperfix.run.plots import PLOT, plot_run
@@ -193,6 +193,7 @@ def resume(federation: Federation) -> Run:
     finished = federation.state.round
     if config.rounds < finished:
         raise ConfigError(f"--rounds: got {config.rounds}, takes at least the {finished} that the run has finished")
+    remove_parts(where)
     rounds = metrics.keep_rounds(where, finished)
     folder.write_config(where, config)
     folder.write_environment(where, config, federation.worker.device, finished + 1, federation.group.size)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedperfix.config import ConfigError, parse_args
 from fedperfix.run import checkpoint, metrics
 from fedperfix.run.slots import TABLE
+from fedperfix.train import _personal_table, main
 from tests.fedperfix.test_train_cli import (
     FILES,
     _small,  # noqa: F401  (a fixture)
@@ -20,8 +23,6 @@ from tests.fedperfix.test_train_cli import (
 
 
 def resume(*options: str) -> int:
-    from fedperfix.train import main
-
     return main(["--resume", *options])
 
 
@@ -103,3 +104,10 @@ def test_an_evaluation_of_some_clients_is_named_as_such(capsys: pytest.CaptureFi
     assert len(metrics.read_clients(Path("a"))) == 2
     assert run("--run-dir", "b", "--eval-clients", "4") == 2
     assert "--eval-clients: got 4, takes at most --clients, which is 3" in sentence(capsys)
+
+
+def test_several_processes_have_the_rows_in_memory() -> None:
+    several = SimpleNamespace(size=3)
+    assert _personal_table(parse_args([]), several) == "memory"
+    with pytest.raises(ConfigError, match="--personal-table: got disk, takes memory with 3 processes; start one"):
+        _personal_table(parse_args(["--personal-table=disk"]), several)
