@@ -63,7 +63,7 @@ class Worker:
         self.config = config
         self.device = device
         self.dtype = autocast_dtype(config.precision, device)
-        # Compiled for one shape, a full batch in training: the last batch of an epoch and tests run uncompiled.
+        # Compiled for one shape, a full batch in training; smaller ones are filled up to it, tests run uncompiled.
         capture = "reduce-overhead" if device.type == "cuda" else "default"
         self._compiled = torch.compile(self.model, dynamic=False, mode=capture) if config.compile else self.model
         self._batch_norms = [x for x in self.model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
@@ -88,9 +88,12 @@ class Worker:
         One image alone has no batch statistics: batch norm then uses its running ones, as in a test, and leaves
         them as they are, in training as well.
         """
-        full_batch = self.model.training and pixels.shape[0] == self.config.batch_size
-        model = self._compiled if full_batch else self.model
-        single = self.model.training and pixels.shape[0] == 1
+        images = len(pixels)
+        single = self.model.training and images == 1
+        model = self.model
+        if self.config.compile and self.model.training and self._fills(images):
+            model = self._compiled
+            pixels = torch.cat((pixels, pixels[:1].expand(self.config.batch_size - images, *pixels.shape[1:])))
         for attention in self.eager_in_training:
             attention.fused_attn = not self.model.training
         with (
@@ -100,7 +103,16 @@ class Worker:
             output = model(pixels)
         if isinstance(output, tuple):  # both heads of a distilled model; a test takes their mean as well
             output = torch.stack(output).mean(0)
-        return output.float()
+        return output[:images].float()
+
+    def _fills(self, images: int) -> bool:
+        """Whether a batch of so many images goes through the compiled step, filled up with copies of its first one.
+
+        The copies have no part in the loss. They would have one in the statistics of batch norm; and on a processor
+        a step takes as long as its images do, so that fewer than half of a batch are faster uncompiled.
+        """
+        size = self.config.batch_size
+        return images == size or (not self._batch_norms and (self.device.type != "cpu" or 2 * images >= size))
 
 
 class Client:

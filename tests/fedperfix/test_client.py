@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,30 @@ def test_the_processor_is_asked() -> None:
     if not capabilities:
         pytest.skip("no /proc/cpuinfo here")
     assert device.cpu_computes_in_bf16() == any(flag in capabilities for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def test_smaller_batches_are_filled_up_for_the_compiled_step() -> None:
+    """A stand-in for what is compiled notes the shapes: full batches only, and the real images' gradients."""
+    worker, state, _ = tiny.federation(precision="fp32", batch_size=8)
+    client = worker.load(2, state, 1)
+    pixels, labels = next(client.batches())
+    client.gradients(pixels[:5], labels[:5])
+    expected, meter = worker.arena.gradients.clone(), client.meter.clone()
+
+    shapes = []
+    worker.config = replace(worker.config, compile=True)
+    worker._compiled = lambda batch: (shapes.append(batch.shape[0]), worker.model(batch))[1]
+    client.meter.zero_()
+    client.gradients(pixels[:5], labels[:5])
+    torch.testing.assert_close(worker.arena.gradients, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(client.meter, meter)
+    assert expected.abs().sum() > 0
+    for images in (8, 4, 3, 1):
+        assert worker.logits(pixels[:images]).shape == (images, tiny.CLASSES)
+    assert shapes == [8, 8, 8]  # fewer than half of a batch are faster uncompiled on a processor
+    worker._batch_norms = [torch.nn.BatchNorm2d(1)]
+    worker.logits(pixels[:5])
+    assert shapes == [8, 8, 8]  # copies would change the statistics
 
 
 @pytest.mark.slow
