@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.comparisons.round import PASSES
 from bench.entries import Entry, is_sound, speed
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
@@ -108,6 +109,8 @@ TARGETS: tuple[Target, ...] = (
     Target("cpu", ("training step",), "fedperfix", "speed", 1.3, settings=_VIT_TI, **_EAGER),
     Target("cpu", ("training step",), "compiled fedperfix", "speed", 1.3, settings=_VIT_TI, **_EAGER),
     Target("cpu", _MEAN, "fedperfix", "limit", 0.80),
+    # A round is its passes plus at most 5 %.
+    *(Target(d, ("federated round",), "fedperfix", "speed", 1 / 1.05, (PASSES,), PASSES) for d in ("cpu", "cuda")),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from bench.comparison import Plan
 from bench.comparisons.aggregation import aggregation_plans
 from bench.comparisons.attention import attention_plans
+from bench.comparisons.round import round_plans
 from bench.comparisons.step import step_plans
 
 
@@ -17,3 +18,4 @@ def all_plans(device: torch.device) -> Iterator[Plan]:
     yield from attention_plans(device)
     yield from aggregation_plans(device)
     yield from step_plans(device)
+    yield from round_plans(device)
