@@ -19,15 +19,18 @@ from fedperfix.costs import count_costs, write_costs
 from fedperfix.data import Dataset, FederatedData, Partition, Preprocess, load_partitioned
 from fedperfix.data.partition.file import PARTITION, write_partition
 from fedperfix.data.partition.picture import PICTURE, draw_partition
+from fedperfix.engine.attack import attackers, poisoned
 from fedperfix.engine.client import Worker
 from fedperfix.engine.device import device_name
 from fedperfix.engine.distributed import share_state
 from fedperfix.engine.group import ALONE, Group, ProcessLost, join
+from fedperfix.engine.privacy import check_model
 from fedperfix.engine.round import run_round
 from fedperfix.engine.stacked import clients_per_step
 from fedperfix.engine.state import FederatedState
 from fedperfix.engine.table import DiskTable
 from fedperfix.methods import method_class
+from fedperfix.methods.aggregators import hostile
 from fedperfix.models import input_shape, model_for
 from fedperfix.run import checkpoint, folder, metrics
 from fedperfix.run.cli import cli, explain_error, reported
@@ -137,11 +140,12 @@ def build(config: TrainConfig, device: torch.device, group: Group = ALONE) -> Fe
     """
     _check_tensorboard(config)
     dataset, partition = load_partitioned(config)
-    data = FederatedData.of(dataset, partition, device)
+    data = poisoned(FederatedData.of(dataset, partition, device), config)
     model = model_for(config, dataset)
     size = None if dataset.is_text else input_shape(config, dataset)[-1]
     method = method_class(config.method)(config)
     worker = Worker(model, data, Preprocess(size), method, config, device)
+    check_model(config, worker.arena)
     backend = "auto" if config.fused else "reference"
     table = _personal_table(config, group)
     state = FederatedState.initial(worker.arena, method, config.clients, backend, table)
@@ -288,6 +292,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         *_table(federation),
         ("device", f"{device_name(worker.device)}, {precision}"),
         *_processes(federation),
+        *_trust(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
         ("aggregation", backend),
         ("run folder", str(run.folder)),
@@ -301,6 +306,20 @@ def _processes(federation: Federation) -> list[tuple[str, str]]:
         return []
     idle = f"; {size - sampled} of them only test, as a round has {sampled} clients" if size > sampled else ""
     return [("processes", f"{size}, reduction {federation.config.reduction}{idle}")]
+
+
+def _trust(federation: Federation) -> list[tuple[str, str]]:
+    """Who lies, what the server does about it, and what it is not to learn, if anything."""
+    config, lines = federation.config, []
+    if config.attack != "none":
+        lines.append(("attack", f"{config.attack} by {len(attackers(config))} of {config.clients} clients"))
+    if config.aggregator != "mean":
+        count = f", {hostile(config)} of {config.sampled} may be hostile" if config.aggregator != "median" else ""
+        lines.append(("aggregator", f"{config.aggregator}{count}"))
+    if config.dp != "none":
+        noise = f"updates of norm {config.dp_clip:g} at most, noise {config.dp_noise:g} times that"
+        lines.append(("privacy", f"{config.dp}, {noise}; epsilon for delta {config.dp_delta:g}"))
+    return lines
 
 
 def _table(federation: Federation) -> list[tuple[str, str]]:

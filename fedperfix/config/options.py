@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-GROUPS = ("Method", "Data", "Model", "Training", "Output")
+GROUPS = ("Method", "Data", "Model", "Training", "Trust", "Output")
 OPTIMIZERS = ("sgd", "adamw")
 FINETUNED = ("head", "all")
 PROMPT_DEPTHS = ("shallow", "deep")
@@ -19,6 +19,7 @@ PERFEDAVG_VARIANTS = ("fo", "hf")
 PROTOCOLS = ("final", "authors-code", "both")
 REDUCTIONS = ("exact", "sum")
 TABLES = ("auto", "memory", "disk")
+PRIVACY = ("none", "central", "local")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # A resumed run may differ in these from the run it continues: they change where and how long, not what.
 RESUMABLE = (
@@ -43,6 +44,18 @@ class ConfigError(ValueError):
 
 
 # The registries are imported when they are asked for: they import this module for ConfigError.
+def _aggregators() -> tuple[str, ...]:
+    from fedperfix.methods.aggregators import AGGREGATORS
+
+    return AGGREGATORS
+
+
+def _attacks() -> tuple[str, ...]:
+    from fedperfix.engine.attack import ATTACKS
+
+    return ATTACKS
+
+
 def _methods() -> tuple[str, ...]:
     from fedperfix.methods import METHODS
 
@@ -351,6 +364,46 @@ class TrainConfig:
     )
     seed: int = _option(0, "Training", "seed of every random choice", at_least=0)
 
+    max_update_ratio: float = _option(
+        1000.0,
+        "Trust",
+        "leave out an update that is more than so many times as large as the median of its round's; one that is "
+        "not finite is left out in any case",
+        at_least=1,
+    )
+    aggregator: str = _option(
+        "mean",
+        "Trust",
+        "how the server combines the updates: their weighted mean, or a rule that a few clients cannot move far",
+        choices=_aggregators,
+    )
+    byzantine: int | None = _option(
+        None,
+        "Trust",
+        "how many clients of a round may be hostile, for trimmed-mean and multi-krum (default: a fifth)",
+        at_least=0,
+    )
+    attack: str = _option(
+        "none", "Trust", "for trials: what hostile clients do to their labels or their updates", choices=_attacks
+    )
+    attackers: float = _option(
+        0.2, "Trust", "which part of all clients is hostile, with --attack", above=0, at_most=1
+    )
+    attack_scale: float = _option(
+        10.0, "Trust", "how far hostile updates go, in lengths of honest ones, with --attack", above=0
+    )
+    dp: str = _option(
+        "none",
+        "Trust",
+        "differential privacy of a client's data set: clipped updates, and noise of the server or of every client",
+        choices=lambda: PRIVACY,
+    )
+    dp_clip: float = _option(1.0, "Trust", "largest norm of an update, with --dp", above=0)
+    dp_noise: float = _option(
+        1.0, "Trust", "standard deviation of the noise in multiples of --dp-clip, with --dp", above=0
+    )
+    dp_delta: float = _option(1e-5, "Trust", "delta for which epsilon is reported, with --dp", above=0, below=1)
+
     protocol: str = _option(
         "final",
         "Output",
@@ -418,7 +471,7 @@ class TrainConfig:
             )
         if self.clients_per_step != "auto":
             self._validate_clients_per_step()
-        self._validate_reduction()
+        self._validate_aggregation()
         return self
 
     def _validate_clients_per_step(self) -> None:
@@ -427,12 +480,21 @@ class TrainConfig:
             takes = f"auto, or a number from 1 to --sampled, which is {self.sampled}"
             raise _wrong("clients_per_step", self.clients_per_step, takes)
 
-    def _validate_reduction(self) -> None:
-        from fedperfix.methods import Method, method_class
+    def _validate_aggregation(self) -> None:
+        from fedperfix.engine import privacy
+        from fedperfix.methods import Method, aggregators, method_class
 
-        if self.reduction == "sum" and method_class(self.method).aggregate is not Method.aggregate:
-            takes = f"exact with --method {self.method}, whose aggregation is more than a weighted mean"
+        mean = method_class(self.method).aggregate is Method.aggregate
+        plain = {"reduction": "exact", "aggregator": "mean", "dp": "none"}
+        for name, default in plain.items():
+            if getattr(self, name) != default and not mean:
+                takes = f"{default} with --method {self.method}, whose aggregation is more than a weighted mean"
+                raise _wrong(name, getattr(self, name), takes)
+        if self.reduction == "sum" and (self.aggregator != "mean" or self.dp == "central"):
+            takes = "exact with --aggregator other than mean and with --dp central, which need all updates at once"
             raise _wrong("reduction", self.reduction, takes)
+        aggregators.validate(self)
+        privacy.validate(self)
 
     def _validate_local(self) -> None:
         groups = _groups()

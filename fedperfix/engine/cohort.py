@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedperfix.engine.attack import attackers, falsify
 from fedperfix.engine.client import Client, Worker
 from fedperfix.engine.evaluate import Progress
+from fedperfix.engine.privacy import randomise
 from fedperfix.engine.stacked import train_stacked
 from fedperfix.engine.state import FederatedState, Uploads
 from fedperfix.engine.stopwatch import Stopwatch
@@ -74,11 +76,13 @@ def train_cohort(
     own = {name: _rows_like(table[0].to(worker.device), len(clients)) for name, table in state.client_state.items()}
     meters = arena.flat.new_empty((len(clients), 3), dtype=torch.float32)
     outputs: list[Tensor] = [meters] * len(clients)
+    liars = attackers(worker.config)
     trained = _trained(worker, state, clients, round)
     for finished in range(1, len(clients) + 1):
         with watch.phase("train"):
             row, client = next(trained)
             rows[row] = arena.flat
+            _send(rows[row, : arena.shared.numel()], state.server.shared, worker, client, liars)
             for name, value in client.upload.items():
                 extra[name][row] = value
             for name, value in client.state.items():
@@ -89,6 +93,14 @@ def train_cohort(
             outputs[row] = client.test()
         progress("training", finished, len(clients))
     return Turns(tuple(clients), rows, extra, own, meters, outputs, arena.shared.numel())
+
+
+def _send(upload: Tensor, start: Tensor, worker: Worker, client: Client, liars: frozenset[int]) -> None:
+    """What becomes, in place, of the shared parameters of a client on their way to the server."""
+    if worker.config.dp == "local":
+        randomise(upload, start, worker.config, client.index, client.round)
+    if client.index in liars:
+        falsify(upload, start, worker.config, client.index, client.round)
 
 
 def _trained(

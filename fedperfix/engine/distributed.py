@@ -18,7 +18,7 @@ from fedperfix.engine.client import Worker
 from fedperfix.engine.cohort import Turns, train_cohort
 from fedperfix.engine.evaluate import Evaluation, Progress, evaluate
 from fedperfix.engine.group import Group, Spread
-from fedperfix.engine.screen import screen
+from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState
 from fedperfix.engine.stopwatch import Stopwatch
 
@@ -103,17 +103,22 @@ def aggregate_exact(
 
 
 def aggregate_sums(
-    group: Group, state: FederatedState, turns: Turns, spread: Spread, weights: Callable[[Sequence[int]], Tensor]
+    group: Group,
+    state: FederatedState,
+    turns: Turns,
+    spread: Spread,
+    weights: Callable[[Sequence[int]], Tensor],
+    largest: float,
 ) -> tuple[Turns, list[int]]:
     """The weighted mean of the uploads from each process's partial sum in float64, added up by one all-reduce.
 
-    Arguments and result as in `aggregate_exact`; `weights` gives those of some clients, float64 [K], sum 1.
+    Arguments and result as in `aggregate_exact`; `weights` gives those of some clients, float64 [K], sum 1, and
+    `largest` is for `screen.usable`.
     """
     everyone = _share_kept(group, turns, spread)
-    good = torch.zeros(len(spread.mine), dtype=torch.uint8)
     with group.together():
-        good[screen(turns) if spread.mine else []] = 1
-    kept = group.all_rows(good, spread).nonzero().flatten().tolist()
+        sizes = upload_sizes(turns, state.server.shared)
+    kept = usable(group.all_rows(sizes, spread), largest)
     clients = tuple(spread.clients[row] for row in kept)
     if clients:
         share = dict(zip(clients, weights(clients).tolist(), strict=True))

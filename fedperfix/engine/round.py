@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from fedperfix.engine.cohort import Turns
 from fedperfix.engine.distributed import aggregate_exact, aggregate_sums, evaluate_spread, train_spread
 from fedperfix.engine.evaluate import Evaluation, Progress
 from fedperfix.engine.group import ALONE, Group
-from fedperfix.engine.screen import screen
+from fedperfix.engine.privacy import epsilon
+from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState, unpadded
 from fedperfix.engine.stopwatch import Stopwatch
 from fedperfix.randomness import numpy_generator
@@ -29,7 +30,7 @@ class RoundResult:
     Args:
         round: its number, from 1.
         sampled: the clients that trained.
-        dropped: those of them whose update was not finite; they took no part in the aggregation.
+        dropped: those of them whose update was not finite or too large; they took no part in the aggregation.
         train_loss, train_accuracy: mean over the training images while training, accuracy in percent; None if all
             clients were dropped.
         train_images: how many images went through training.
@@ -41,6 +42,7 @@ class RoundResult:
         bytes_up, bytes_down: sent by and to all sampled clients together.
         seconds: by phase (`train`, `aggregate`, `evaluate`).
         clients: how many there are.
+        epsilon: that holds after this round, with `--dp`.
     """
 
     round: int
@@ -56,6 +58,7 @@ class RoundResult:
     bytes_down: int
     seconds: dict[str, float]
     clients: int
+    epsilon: float | None = None
 
 
 def run_round(
@@ -99,7 +102,7 @@ def run_round(
         with watch.phase("aggregate"):
             if config.reduction == "sum":
                 weights = partial(data_weights, worker)
-                turns, kept = aggregate_sums(group, state, turns, spread, weights)
+                turns, kept = aggregate_sums(group, state, turns, spread, weights, config.max_update_ratio)
             else:
                 turns, kept = aggregate_exact(group, state, turns, spread, partial(_aggregate, worker, state))
             if kept:
@@ -129,14 +132,22 @@ def run_round(
         bytes_down=len(sampled) * _bytes(down, arena),
         seconds=watch.seconds,
         clients=config.clients,
+        epsilon=_epsilon(config, round),
     )
+
+
+def _epsilon(config: TrainConfig, round: int) -> float | None:
+    """What has been spent of the clients' privacy after a round, with `--dp`."""
+    if config.dp == "none":
+        return None
+    return epsilon(config, (sample_clients(config, number) for number in range(1, round + 1)))
 
 
 def _aggregate(worker: Worker, state: FederatedState, turns: Turns) -> list[int]:
     """Aggregate what can be used of the turns into the server's side; returns those rows."""
-    kept = screen(turns)
+    kept = usable(upload_sizes(turns, state.server.shared), worker.config.max_update_ratio)
     if kept:
-        uploads = turns.uploads(kept)
+        uploads = replace(turns.uploads(kept), round=state.round + 1)
         worker.method.aggregate(state.server, uploads, data_weights(worker, uploads.clients))
     return kept
 

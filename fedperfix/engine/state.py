@@ -49,11 +49,13 @@ class Uploads:
         clients: their numbers.
         shared: [K, P_shared] their shared parameters after training.
         extra: what else the method sends, by name: [K, *shape].
+        round: in which round, from 1.
     """
 
     clients: tuple[int, ...]
     shared: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    round: int = 0
 
 
 @dataclass

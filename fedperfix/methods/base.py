@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from fedperfix.config import ConfigError, words
+from fedperfix.methods.aggregators import combine
 from fedperfix.models.groups import PLUGINS, module_parameters, parameter_groups
-from fedperfix_kernels import ParameterArena, aggregate
+from fedperfix_kernels import ParameterArena
 
 if TYPE_CHECKING:
     from fedperfix.config import TrainConfig
@@ -140,4 +141,4 @@ class Method:
             uploads: of the K clients whose updates are finite; `uploads.shared` is [K, P_shared].
             weights: float64 [K] on the CPU, each client's share of their training images; the sum is 1.
         """
-        aggregate(uploads.shared, weights, layout=server.layout, out=server.shared, backend=server.backend)
+        combine(self.config, server, uploads, weights)

@@ -39,7 +39,7 @@ class RoundMetrics:
     `worst` is the mean of the worst tenth of the clients, `weighted` the mean over test images, `auc` and `f1` are
     means over clients in percent (`auc_clients` of them have an AUC), the losses are mean cross-entropies. Where
     `tested_clients` is not None, `all_*` and `mixed_*` are over so many clients drawn at random (`--eval-clients`),
-    and `sampled_*` is left out.
+    and `sampled_*` is left out. `epsilon` is what is spent of the clients' privacy after the round (`--dp`).
     """
 
     round: int
@@ -90,6 +90,7 @@ class RoundMetrics:
     mixed_auc_clients: int | None = None
     mixed_f1: float | None = None
     tested_clients: int | None = None
+    epsilon: float | None = None
 
     @classmethod
     def of(cls, result: RoundResult, seconds: float) -> RoundMetrics:
@@ -119,6 +120,7 @@ class RoundMetrics:
             seconds_evaluate=round(evaluate, _ROUND_DIGITS),
             seconds_other=round(max(0.0, seconds - train - aggregate - evaluate), _ROUND_DIGITS),
             tested_clients=part,
+            epsilon=_finite(result.epsilon),
         )
 
     @property

@@ -105,8 +105,8 @@ def dropped_line(metrics: RoundMetrics) -> str:
     clients = metrics.dropped_clients.replace(" ", ", ")
     everyone = " (all of them: the global model stays as it was)" if metrics.dropped == metrics.sampled else ""
     return (
-        f"round {metrics.round}: update not finite, left out {metrics.dropped} of {metrics.sampled} clients: "
-        f"{clients}{everyone}"
+        f"round {metrics.round}: update not finite or too large, left out "
+        f"{metrics.dropped} of {metrics.sampled} clients: {clients}{everyone}"
     )
 
 
@@ -147,7 +147,9 @@ def summary(console: Console, rounds: Sequence[RoundMetrics], folder: Path) -> N
     print_plain(console, f"sent         {up:,.1f} MB up, {down:,.1f} MB down")
     left_out = sum(metrics.dropped for metrics in rounds)
     if left_out:
-        print_plain(console, f"left out     {left_out} updates that were not finite")
+        print_plain(console, f"left out     {left_out} updates that were not finite or too large")
+    if rounds and rounds[-1].epsilon is not None:
+        print_plain(console, f"privacy      epsilon {rounds[-1].epsilon:.3g} for what the clients have sent")
     print_plain(console, f"run folder   {folder}")
 
 

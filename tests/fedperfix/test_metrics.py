@@ -204,7 +204,8 @@ def test_away_from_a_terminal_there_is_a_plain_line_per_round() -> None:
     assert "images/s" in lines[1]
     assert "left" in lines[1]
     assert (
-        lines[3] == "round 3: update not finite, left out 2 of 2 clients: 0, 2 (all of them: the global model "
+        lines[3]
+        == "round 3: update not finite or too large, left out 2 of 2 clients: 0, 2 (all of them: the global model "
         "stays as it was)"
     )
     assert "\x1b" not in "".join(lines)

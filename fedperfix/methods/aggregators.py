@@ -1,0 +1,105 @@
+"""How the server turns the clients' uploads into new global parameters: `--aggregator` and `--dp central`.
+
+The operations are those of `fedperfix_kernels.aggregation`; here is which of them a run uses, and with what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedperfix.config import ConfigError, TrainConfig
+from fedperfix.randomness import torch_seed
+from fedperfix_kernels import aggregate, krum, noisy_mean, trimmed_mean
+
+if TYPE_CHECKING:
+    from fedperfix.engine.state import Server, Uploads
+
+
+def combine(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
+    """Put the new global parameters into `server.shared`.
+
+    Args:
+        config: says how.
+        server: the global parameters of the last round.
+        uploads: of K clients.
+        weights: float64 [K] on the CPU, each client's share of their training images; only `mean` uses them.
+    """
+    if config.dp == "central":
+        _private(config, server, uploads)
+    else:
+        _RULES[config.aggregator](config, server, uploads, weights)
+
+
+def hostile(config: TrainConfig) -> int:
+    """How many clients of a round may be hostile: `--byzantine`, or a fifth of the sampled ones."""
+    return -(-config.sampled // 5) if config.byzantine is None else config.byzantine
+
+
+def validate(config: TrainConfig) -> None:
+    """Check that so many clients are enough for the rule.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if config.aggregator == "mean":
+        if config.byzantine is not None:
+            raise ConfigError("--byzantine: takes another --aggregator than mean, which trusts all clients")
+        return
+    count = hostile(config)
+    needed = 2 * count + (3 if config.aggregator == "multi-krum" else 1)
+    if config.sampled < needed:
+        raise ConfigError(
+            f"--sampled: got {config.sampled}, takes at least {needed} with --aggregator {config.aggregator} and "
+            f"--byzantine {count}"
+        )
+
+
+def _mean(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
+    aggregate(uploads.shared, weights, layout=server.layout, out=server.shared, backend=server.backend)
+
+
+def _median(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
+    trimmed_mean(uploads.shared, (len(uploads.clients) - 1) // 2, out=server.shared, backend=server.backend)
+
+
+def _trimmed_mean(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
+    trim = _among(config, uploads, (len(uploads.clients) - 1) // 2)
+    trimmed_mean(uploads.shared, trim, out=server.shared, backend=server.backend)
+
+
+def _multi_krum(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
+    """The mean of the K − b uploads nearest to the others; the global model stays if there are fewer than three."""
+    clients = len(uploads.clients)
+    if clients < 3:
+        return
+    byzantine = _among(config, uploads, (clients - 3) // 2)
+    before = server.shared.clone()
+    krum(uploads.shared, before, byzantine, clients - byzantine, out=server.shared, backend=server.backend)
+
+
+def _among(config: TrainConfig, uploads: Uploads, most: int) -> int:
+    """How many of the uploads may be hostile: less those that were left out before, at most as many as can be."""
+    left_out = config.sampled - len(uploads.clients)
+    return min(max(hostile(config) - left_out, 0), most)
+
+
+def _private(config: TrainConfig, server: Server, uploads: Uploads) -> None:
+    """The clipped mean over all clients of the round, with noise; one that was left out counts as no update."""
+    before = server.shared.clone()
+    missing = config.sampled - len(uploads.clients)
+    rows = torch.cat((uploads.shared, before.expand(missing, -1))) if missing else uploads.shared
+    seed = torch_seed(config.seed, "central noise", round=uploads.round)
+    noisy_mean(rows, before, config.dp_clip, config.dp_noise, seed, out=server.shared, backend=server.backend)
+
+
+_RULES: dict[str, Callable[[TrainConfig, Server, Uploads, Tensor], None]] = {
+    "mean": _mean,
+    "median": _median,
+    "trimmed-mean": _trimmed_mean,
+    "multi-krum": _multi_krum,
+}
+AGGREGATORS = tuple(_RULES)
