@@ -252,7 +252,7 @@ class TrainConfig:
     fedtp_hidden: int = _option(
         64, "Method", "fedtp: width of the hypernetwork; each generated weight takes so many parameters", at_least=1
     )
-    fedtp_lr: float = _option(1.0, "Method", "fedtp: step size of the hypernetwork and the embeddings", above=0)
+    fedtp_lr: float = _option(0.3, "Method", "fedtp: step size of the hypernetwork and the embeddings", above=0)
 
     dataset: str = _option(
         "fashion-mnist",
