@@ -23,6 +23,7 @@ from fedperfix.engine.attack import attackers, poisoned
 from fedperfix.engine.client import Worker
 from fedperfix.engine.device import device_name
 from fedperfix.engine.distributed import share_state
+from fedperfix.engine.evaluate import shared_batches
 from fedperfix.engine.group import ALONE, Group, ProcessLost, join
 from fedperfix.engine.privacy import check_model
 from fedperfix.engine.round import run_round
@@ -93,6 +94,7 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
     worker = federation.worker
     with group.together():
         worker.clients_per_step = clients_per_step(worker, federation.state)
+        worker.shared_batches = shared_batches(worker)
     worker.clients_per_step = int(group.share_text(str(worker.clients_per_step)))
     run = Run(Path(), [])
     with group.together():

@@ -62,6 +62,13 @@ class BlockLayout:
             for name, shape, start in zip(self.names, self.shapes, self.offsets, strict=True)
         }
 
+    def row_views(self, rows: Tensor) -> dict[str, Tensor]:
+        """The named tensors of every row of `rows` [K, numel], as views [K, *shape]."""
+        return {
+            name: rows[:, start : start + shape.numel()].unflatten(1, shape) if shape else rows[:, start]
+            for name, shape, start in zip(self.names, self.shapes, self.offsets, strict=True)
+        }
+
     def block_layer(self, device: torch.device) -> Tensor:
         """The tensor's index of every block: int32 [numel / BLOCK], kept per device."""
         return _block_layer(self, device)

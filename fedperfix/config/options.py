@@ -18,6 +18,7 @@ PROMPT_DEPTHS = ("shallow", "deep")
 PERFEDAVG_VARIANTS = ("fo", "hf")
 PROTOCOLS = ("final", "authors-code", "both")
 REDUCTIONS = ("exact", "sum")
+EVALUATIONS = ("auto", "shared-batches", "one-by-one")
 TABLES = ("auto", "memory", "disk")
 PRIVACY = ("none", "central", "local")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -409,6 +410,13 @@ class TrainConfig:
         "Output",
         "how all clients are tested: after the aggregation, as the paper says, as its authors' code does, or both",
         choices=lambda: PROTOCOLS,
+    )
+    evaluation: str = _option(
+        "auto",
+        "Output",
+        "how clients are tested: in batches of many clients over the one global model, or one by one; auto: in "
+        "shared batches if most of the model is shared, on a processor only if clients have few images",
+        choices=lambda: EVALUATIONS,
     )
     eval_every: int = _option(5, "Output", "rounds between evaluations over all clients", at_least=1)
     eval_clients: int | None = _option(

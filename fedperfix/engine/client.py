@@ -41,6 +41,7 @@ class Worker:
     Attributes:
         arena: the flat buffer, shared parameters before local ones, with flat gradients.
         clients_per_step: how many train in one batch; `engine.stacked` chooses.
+        shared_batches: whether clients are tested in shared batches; `engine.evaluate` chooses.
         eager_in_training: timm's attention layers that are fused in tests only.
         poll: called before every batch; what it raises ends the turn.
     """
@@ -72,6 +73,7 @@ class Worker:
         slow = device.type == "cpu" and self.dtype is not None
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
         self.clients_per_step = 1
+        self.shared_batches = False
         self.poll: Callable[[], None] = lambda: None
 
     def load(self, index: int, state: FederatedState, round: int) -> Client:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedperfix.engine.client import Worker
 from fedperfix.engine.cohort import Turns, train_cohort
-from fedperfix.engine.evaluate import Evaluation, Progress, evaluate
+from fedperfix.engine.evaluate import Evaluation, Progress, client_groups, evaluate_groups
 from fedperfix.engine.group import Group, Spread
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState
@@ -59,9 +59,12 @@ def evaluate_spread(
     progress: Progress,
 ) -> Evaluation:
     """As `evaluate`, each process a part of the clients."""
-    spread = Spread.of(clients, [len(worker.data.test[index]) for index in clients], group)
+    groups = client_groups(worker, clients)
+    sizes = [len(worker.data.test[index]) for index in clients]
+    spread = Spread.of(clients, sizes, group, groups)
+    mine = [those for those in groups if those[0] in spread.mine]
     with group.together():
-        tested = evaluate(worker, state, spread.mine, round, progress) if spread.mine else _no_scores()
+        tested = evaluate_groups(worker, state, mine, round, progress) if mine else _no_scores()
     return share_scores(group, tested, spread)
 
 

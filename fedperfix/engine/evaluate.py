@@ -11,9 +11,15 @@ from scipy.special import log_softmax
 from scipy.stats import rankdata
 from torch import Tensor
 
-from fedperfix.engine.client import Worker
+from fedperfix.config import ConfigError
+from fedperfix.engine.client import TEST_BATCH, Worker
 from fedperfix.engine.state import FederatedState
+from fedperfix.methods import Method
+from fedperfix.models.batched import forward_clients
 
+# With `--evaluation auto`, shared batches are for models of which at most this part is each client's own, and on a
+# processor for clients with at most so many test images: there, small batches are no slower than large ones.
+_MOST_OWN, _FEW_IMAGES = 0.34, 16
 # Told of the phase, the clients done and how many there are.
 Progress = Callable[[str, int, int], None]
 
@@ -181,10 +187,85 @@ def evaluate(
     Returns:
         One entry per client.
     """
-    outputs = []
-    for done, index in enumerate(clients, start=1):
-        client = worker.load(index, state, round)
-        worker.method.prepare_test(client)
-        outputs.append(client.test())
-        progress("testing", done, len(clients))
-    return Evaluation.of(clients, outputs, worker)
+    return evaluate_groups(worker, state, client_groups(worker, clients), round, progress).among(clients)
+
+
+def evaluate_groups(
+    worker: Worker, state: FederatedState, groups: Sequence[Sequence[int]], round: int, progress: Progress
+) -> Evaluation:
+    """As `evaluate`, of clients in groups as from `client_groups`, in the order of their numbers."""
+    outputs: dict[int, Tensor] = {}
+    total = sum(map(len, groups))
+    for group in groups:
+        if worker.shared_batches:
+            outputs |= _test_together(worker, state, group)
+        else:
+            client = worker.load(group[0], state, round)
+            worker.method.prepare_test(client)
+            outputs[group[0]] = client.test()
+        progress("testing", len(outputs), total)
+    clients = sorted(outputs)
+    return Evaluation.of(clients, [outputs[index] for index in clients], worker)
+
+
+def client_groups(worker: Worker, clients: Sequence[int]) -> list[tuple[int, ...]]:
+    """Clients that are tested in the same batches, the ones with the most images first; one by one if they are not.
+
+    The groups depend on nothing else, so that the results do not depend on how they are spread over processes.
+    """
+    if not worker.shared_batches:
+        return [(index,) for index in clients]
+    groups: list[list[int]] = []
+    images = TEST_BATCH
+    for index in sorted(clients, key=lambda index: (-len(worker.data.test[index]), index)):
+        if images >= TEST_BATCH:
+            groups.append([])
+            images = 0
+        groups[-1].append(index)
+        images += len(worker.data.test[index])
+    return [tuple(group) for group in groups]
+
+
+def shared_batches(worker: Worker) -> bool:
+    """Whether all clients are tested in shared batches, as `--evaluation` says.
+
+    With `auto` they are on a GPU, and on a processor where they have few images each; both only if most of the
+    model is shared.
+
+    Raises:
+        ConfigError: the configuration asks for it, and something is against it.
+    """
+    wanted, against = worker.config.evaluation, _obstacle(worker)
+    if wanted == "shared-batches" and against is not None:
+        raise ConfigError(f"--evaluation: got shared-batches, takes one-by-one here, as {against}")
+    if wanted != "auto" or against is not None:
+        return wanted == "shared-batches"
+    images = sum(map(len, worker.data.test)) / worker.data.clients
+    own_part = worker.arena.local.numel() / worker.arena.flat.numel()
+    return own_part <= _MOST_OWN and (worker.device.type == "cuda" or images <= _FEW_IMAGES)
+
+
+def _obstacle(worker: Worker) -> str | None:
+    """Why clients cannot be tested in shared batches; None if they can."""
+    method = type(worker.method)
+    if method.prepare_test is not Method.prepare_test or method.download is not Method.download:
+        return f"--method {method.name} makes each client's model in a way of its own"
+    return None
+
+
+def _test_together(worker: Worker, state: FederatedState, group: Sequence[int]) -> dict[int, Tensor]:
+    """The outputs [n, classes] of each client of a group for its test images."""
+    worker.poll()
+    arena, data = worker.arena, worker.data
+    arena.shared.copy_(state.server.shared)
+
+    def own(clients: list[int]) -> dict[str, Tensor]:
+        return arena.local_layout.row_views(state.personal[clients].to(worker.device))
+
+    sizes = [len(data.test[index]) for index in group]
+    owners = [index for index, size in zip(group, sizes, strict=True) for _ in range(size)]
+    inputs = worker.preprocess(data.inputs[torch.cat([data.test[index] for index in group])])
+    worker.model.eval()
+    outputs = forward_clients(worker.model, own, inputs, owners, worker.dtype)
+    worker.model.train()
+    return dict(zip(group, outputs.split(sizes), strict=True))

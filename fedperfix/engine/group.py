@@ -306,7 +306,13 @@ class Spread:
     rank: int
 
     @classmethod
-    def of(cls, clients: Sequence[int], sizes: Sequence[int], group: Group) -> Spread:
+    def of(
+        cls,
+        clients: Sequence[int],
+        sizes: Sequence[int],
+        group: Group,
+        together: Sequence[Sequence[int]] | None = None,
+    ) -> Spread:
         """Give the largest client that is left to the process that has least, until all are given.
 
         The longest-processing-time rule: Graham, Bounds on Multiprocessing Timing Anomalies, SIAM Journal on
@@ -316,12 +322,16 @@ class Spread:
             clients: in ascending order.
             sizes: of the data of each of them.
             group: the processes.
+            together: the same clients in groups that go to one process each; None is each by itself.
         """
         loads = [0] * group.size
         parts: list[list[int]] = [[] for _ in loads]
-        for size, client in sorted(zip(sizes, clients, strict=True), key=lambda pair: (-pair[0], pair[1])):
+        of = dict(zip(clients, sizes, strict=True))
+        units = [(client,) for client in clients] if together is None else together
+        weighted = [(sum(of[client] for client in unit), unit) for unit in units]
+        for size, unit in sorted(weighted, key=lambda pair: (-pair[0], pair[1][0])):
             least = min(range(group.size), key=lambda rank: (loads[rank], len(parts[rank]), rank))
-            parts[least].append(client)
+            parts[least] += unit
             loads[least] += size
         return cls(tuple(clients), tuple(tuple(sorted(part)) for part in parts), group.rank)
 

@@ -24,7 +24,6 @@ from fedperfix.engine.client import Client, Worker, make_optimizer
 from fedperfix.engine.device import synchronize
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import Method
-from fedperfix_kernels import BlockLayout
 
 _TRIAL_STEPS = 4
 # (parameters [K, ...] by name, model input [K, b, ...], labels [K, b], weights [K, b])
@@ -159,9 +158,9 @@ def _train(worker: Worker, clients: list[Client], batches: list[list[Tensor]], r
             _keep_first(optimizer, _parameter(rows, gradients, active))
         chosen, weights = _padded([own[step] for own in batches[:active]])
         pixels = worker.preprocess(worker.data.inputs[chosen.flatten()]).unflatten(0, chosen.shape)
-        parameters = stacked_views(worker.arena.layout, rows[:active])
+        parameters = worker.arena.layout.row_views(rows[:active])
         found, (loss, correct) = compute(parameters, pixels, worker.data.labels[chosen], weights)
-        for name, place in stacked_views(worker.arena.layout, gradients[:active]).items():
+        for name, place in worker.arena.layout.row_views(gradients[:active]).items():
             place.copy_(found[name])
         optimizer.step()
         images = torch.tensor([len(own[step]) for own in batches[:active]], device=rows.device)
@@ -185,14 +184,6 @@ def _gradients(worker: Worker) -> Gradients:
         return found, (value, correct)
 
     return vmap(swapped)
-
-
-def stacked_views(layout: BlockLayout, rows: Tensor) -> dict[str, Tensor]:
-    """The named tensors of every row [K, P], as views [K, *shape]."""
-    return {
-        name: rows[:, start : start + shape.numel()].unflatten(1, shape) if shape else rows[:, start]
-        for name, shape, start in zip(layout.names, layout.shapes, layout.offsets, strict=True)
-    }
 
 
 def _padded(batches: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from fedperfix.engine.table import PERSONAL, DiskTable, MemoryTable, named_row
 from fedperfix.methods.custom import short_name
 from fedperfix.run.files import replacing, sync_folder
 from fedperfix.run.slots import TABLE, SlotFile, TableError
-from fedperfix_kernels import BlockLayout, ParameterArena
+from fedperfix_kernels import ParameterArena
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "fedperfix-checkpoint"
@@ -228,19 +228,11 @@ def _named(state: FederatedState, arena: ParameterArena) -> Iterator[tuple[str, 
     for name, value in state.server.state.items():
         yield f"server.{name}", value
     if isinstance(state.table, MemoryTable):
-        for name, view in _columns(arena.local_layout, state.table.columns[PERSONAL]).items():
+        for name, view in arena.local_layout.row_views(state.table.columns[PERSONAL]).items():
             yield f"{PERSONAL}.{name}", view
         for name, value in state.table.columns.items():
             if name != PERSONAL:
                 yield name, value
-
-
-def _columns(layout: BlockLayout, table: Tensor) -> dict[str, Tensor]:
-    """The named tensors of every row of a table [clients, numel], as views [clients, *shape]."""
-    return {
-        name: table[:, start : start + shape.numel()].unflatten(1, shape) if shape else table[:, start]
-        for name, shape, start in zip(layout.names, layout.shapes, layout.offsets, strict=True)
-    }
 
 
 def _frozen_checksum(arena: ParameterArena) -> str:
