@@ -414,8 +414,7 @@ class TrainConfig:
     evaluation: str = _option(
         "auto",
         "Output",
-        "how clients are tested: in batches of many clients over the one global model, or one by one; auto: in "
-        "shared batches if most of the model is shared, on a processor only if clients have few images",
+        "how clients are tested: many in one batch over the global model, or one by one; auto by device and model",
         choices=lambda: EVALUATIONS,
     )
     eval_every: int = _option(5, "Output", "rounds between evaluations over all clients", at_least=1)

@@ -235,7 +235,7 @@ def shared_batches(worker: Worker) -> bool:
     Raises:
         ConfigError: the configuration asks for it, and something is against it.
     """
-    wanted, against = worker.config.evaluation, _obstacle(worker)
+    wanted, against = worker.config.evaluation, obstacle(worker)
     if wanted == "shared-batches" and against is not None:
         raise ConfigError(f"--evaluation: got shared-batches, takes one-by-one here, as {against}")
     if wanted != "auto" or against is not None:
@@ -245,7 +245,7 @@ def shared_batches(worker: Worker) -> bool:
     return own_part <= _MOST_OWN and (worker.device.type == "cuda" or images <= _FEW_IMAGES)
 
 
-def _obstacle(worker: Worker) -> str | None:
+def obstacle(worker: Worker) -> str | None:
     """Why clients cannot be tested in shared batches; None if they can."""
     method = type(worker.method)
     if method.prepare_test is not Method.prepare_test or method.download is not Method.download:

@@ -185,8 +185,12 @@ def _timm_model(name: str, shape: dict[str, Any]) -> nn.Module:
 
 
 def _start(model: nn.Module, config: TrainConfig) -> str | None:
-    """Load the start weights that a new run asks for; a resumed one has its own. Returns what to say of them."""
-    if config.resume is not None:
+    """Load the start weights that a new run asks for; a resumed one has its own, but for those that are frozen.
+
+    Returns:
+        What to say of them.
+    """
+    if config.resume is not None and not config.freeze_backbone:
         return None
     if config.pretrained_file is not None:
         return load_weights(model, config.model, Path(config.pretrained_file), "--pretrained-file")

@@ -143,6 +143,21 @@ def _open_table(path: Path, table: DiskTable, round: int, seal: str) -> None:
         raise CheckpointError(f"--resume: {error}") from error
 
 
+def read_global(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """The round of a run's checkpoint, and the global parameters and statistics in it, by name.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, one of another version, or a damaged one.
+    """
+    path = folder / CHECKPOINT
+    metadata, tensors = _read(path)
+    _check_format(path, metadata)
+    if metadata.get("checksum") != _checksum(tensors):
+        raise CheckpointError(f"--resume: '{path}' is damaged: its content does not match its checksum")
+    found = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
+    return int(metadata["round"]), found
+
+
 def read_client(folder: Path, client: int) -> dict[str, Tensor]:
     """What a client of a run keeps, as of the run's checkpoint, wherever the run has its rows.
 

@@ -1,0 +1,328 @@
+"""`python -m fedperfix.serve RUN DIR`: write the models of a run's clients for use elsewhere.
+
+DIR gets `model.safetensors`, what all clients share and how the model is built, and `clients/NUMBER.safetensors`,
+what is one client's own. Then, in Python, one batch with images of many clients:
+
+    from fedperfix.serve import load
+    model = load("DIR")
+    logits = model(images, clients)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedperfix.config import ConfigError, TrainConfig, parse_args
+from fedperfix.config.command_line import Parser
+from fedperfix.data import Preprocess
+from fedperfix.engine.device import autocast_dtype, resolve_device
+from fedperfix.engine.evaluate import obstacle
+from fedperfix.methods import METHODS, Method, method_class
+from fedperfix.models import create_model, create_text_model, input_shape
+from fedperfix.models.batched import forward_clients
+from fedperfix.run import checkpoint
+from fedperfix.run.cli import cli
+
+MODEL, CLIENTS = "model.safetensors", "clients"
+FORMAT, VERSION = "fedperfix-serving", 1
+
+
+class ServingError(ValueError):
+    """Files that cannot be served, or a request that cannot be answered; the message is one sentence."""
+
+
+@cli
+def main(argv: list[str]) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None is the process's own.
+
+    Returns:
+        The exit code: 0, or 2 for wrong input (one sentence on stderr).
+    """
+    parser = Parser(
+        prog="python -m fedperfix.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("target", metavar="DIR", type=Path, help="a new folder")
+    parser.add_argument("--clients", type=int, nargs="+", metavar="N", help="only these (default: all)")
+    parser.add_argument("--data-dir", help="where the run's data are now, if they were moved")
+    arguments = parser.parse_args(argv)
+    moved = [] if arguments.data_dir is None else ["--data-dir", arguments.data_dir]
+    config = parse_args(["--resume", str(arguments.run), "--device", "cpu", *moved])
+    count = export(config, arguments.run, arguments.target, arguments.clients)
+    print(f"written      {arguments.target / MODEL}, and {count:,} clients in {arguments.target / CLIENTS}")
+    return 0
+
+
+def export(config: TrainConfig, run: Path, target: Path, clients: Sequence[int] | None = None) -> int:
+    """Write the models of a run's clients, as of its checkpoint.
+
+    Args:
+        config: of the run, with `resume`.
+        run: its folder; nothing in it changes.
+        target: a new folder, which appears when it is complete.
+        clients: which; None is all.
+
+    Returns:
+        How many clients were written.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: `target` exists, no such client, the method's models cannot be
+            served in one batch, or the run cannot be read.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    from fedperfix.train import build
+
+    if target.exists():
+        raise ConfigError(f"DIR: '{target}' exists; takes the name of a new folder")
+    wrong = [index for index in clients or () if not 0 <= index < config.clients]
+    if wrong:
+        raise ConfigError(f"--clients: got {wrong[0]}, takes numbers from 0 to {config.clients - 1}")
+    federation = build(config, torch.device("cpu"))
+    worker, dataset = federation.worker, federation.dataset
+    against = obstacle(worker)
+    if against is not None:
+        raise ConfigError(f"RUN: '{run}' cannot be served, as {against}")
+    round, shared = checkpoint.read_global(run)
+    views = worker.arena.shared_layout.views(worker.arena.shared)
+    for name, view in views.items():
+        view.copy_(shared[name])
+    own = worker.arena.local_layout.names
+    state = {name: value for name, value in worker.model.state_dict().items() if name not in own}
+    about = {
+        "round": round,
+        "config": _building(config),
+        "shape": _shape(config, dataset),
+        "classes": list(dataset.class_names),
+        "own": list(own),
+    }
+    chosen = range(config.clients) if clients is None else sorted(set(clients))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        (temporary / CLIENTS).mkdir()
+        mark = _write(temporary / MODEL, state, {"about": json.dumps(about, sort_keys=True)})
+        for index in chosen:
+            kept = checkpoint.read_client(run, index)
+            mine = {name: kept[f"personal.{name}"] for name in own}
+            _write(temporary / CLIENTS / f"{index}.safetensors", mine, {"client": str(index), "model": mark})
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return len(chosen)
+
+
+class PersonalizedModel:
+    """The models of many clients as one: what they share is in memory once, what is their own comes from disk.
+
+    Args:
+        folder: as `export` wrote it.
+        device: where to compute.
+        precision: as `--precision`.
+        cached: own parameters of at most so many clients stay in memory; the longest unused go first.
+
+    Attributes:
+        classes: names of the classes, in the order of the outputs.
+        round: after which round of training.
+
+    Raises:
+        ServingError: the folder's files cannot be used.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, precision: str, cached: int) -> None:
+        state, metadata = _read(folder / MODEL)
+        about = json.loads(metadata["about"])
+        self.folder = folder
+        self.device = device
+        self.cached = cached
+        self.classes: tuple[str, ...] = tuple(about["classes"])
+        self.round: int = about["round"]
+        self._shape: dict[str, Any] = about["shape"]
+        self._dtype = autocast_dtype(precision, device)
+        self._own: tuple[str, ...] = tuple(about["own"])
+        self._mark = metadata["checksum"]
+        self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._model = _build(about, state).to(device).eval()
+        self._own_shapes = {name: self._model.state_dict()[name].shape for name in self._own}
+        self._preprocess = Preprocess(self._shape.get("image_size"))
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """The clients that can be asked for."""
+        return tuple(sorted(int(path.stem) for path in (self.folder / CLIENTS).glob("*.safetensors")))
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, clients: Iterable[int] | Tensor) -> Tensor:
+        """What each client's model says about its images.
+
+        Args:
+            inputs: uint8 images [B, channels, height, width], which are resized and normalised as in training; or
+                token ids [B, tokens].
+            clients: whose image each of them is, [B], in any order.
+
+        Returns:
+            Float32 [B, classes] on the model's device.
+
+        Raises:
+            ServingError: inputs of another shape or type, as many clients as there are not inputs, an unknown
+                client, or a client's file that is damaged or belongs to another model.
+        """
+        owners = [int(client) for client in clients]
+        self._check(inputs, owners)
+        if not owners:
+            return torch.empty(0, len(self.classes), device=self.device)
+        return forward_clients(
+            self._model, self._rows, self._preprocess(inputs.to(self.device)), owners, self._dtype
+        )
+
+    def _check(self, inputs: Tensor, owners: Sequence[int]) -> None:
+        if not isinstance(inputs, Tensor) or inputs.dtype.is_floating_point or inputs.dtype == torch.bool:
+            got = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ServingError(f"inputs: got {got}, takes a tensor of whole numbers: uint8 pixels or token ids")
+        texts = "num_tokens" in self._shape
+        fits = inputs.dim() == 2 if texts else inputs.dim() == 4 and inputs.shape[1] == self._shape["channels"]
+        if not fits:
+            takes = "[B, tokens]" if texts else f"[B, {self._shape['channels']}, height, width]"
+            raise ServingError(f"inputs: got shape {list(inputs.shape)}, takes {takes}")
+        if len(inputs) != len(owners):
+            raise ServingError(f"clients: got {len(owners)} of them for {len(inputs)} inputs, takes one for each")
+
+    def _rows(self, clients: list[int]) -> dict[str, Tensor]:
+        for client in dict.fromkeys(clients):
+            if client in self._kept:
+                self._kept.move_to_end(client)
+            else:
+                self._kept[client] = self._load(client)
+        rows = [self._kept[client] for client in clients]
+        while len(self._kept) > self.cached:
+            self._kept.popitem(last=False)
+        return {name: torch.stack([row[name] for row in rows]) for name in self._own}
+
+    def _load(self, client: int) -> dict[str, Tensor]:
+        path = self.folder / CLIENTS / f"{client}.safetensors"
+        if not path.exists():
+            raise ServingError(f"clients: got {client}, which has no file in '{self.folder / CLIENTS}'")
+        tensors, metadata = _read(path)
+        if metadata.get("client") != str(client) or metadata.get("model") != self._mark:
+            raise ServingError(f"'{path}' is of another client or model than '{self.folder / MODEL}'; export both")
+        if {name: value.shape for name, value in tensors.items()} != self._own_shapes:
+            raise ServingError(f"'{path}' does not fit the model in '{self.folder / MODEL}'; export both")
+        return {name: value.to(self.device) for name, value in tensors.items()}
+
+
+def load(
+    folder: str | Path, *, device: str = "auto", precision: str = "auto", cached: int = 1024
+) -> PersonalizedModel:
+    """Load what `python -m fedperfix.serve` wrote.
+
+    Args:
+        folder: the one it wrote.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        cached: own parameters of at most so many clients stay in memory.
+
+    Raises:
+        ServingError: the folder's files cannot be used.
+        ConfigError: no such device, or a precision that it does not have.
+    """
+    return PersonalizedModel(Path(folder), resolve_device(device), precision, cached)
+
+
+def _building(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration the model is built from; names of files are not among it."""
+    method = method_class(config.method)
+    if config.method not in METHODS and method.adapt.__func__ is not Method.adapt.__func__:
+        raise ConfigError(
+            f"RUN: its method {method.name} changes the model by code of a user's file, which is not exported"
+        )
+    plain = asdict(TrainConfig())
+    settings = {key: value for key, value in asdict(config).items() if plain[key] != value}
+    for key in ("pretrained", "pretrained_file", "data_dir", "cache_dir", "partition_file", "run_dir", "resume"):
+        settings.pop(key, None)
+    return settings | {"method": config.method if config.method in METHODS else "fedavg", "device": "cpu"}
+
+
+def _shape(config: TrainConfig, dataset: Any) -> dict[str, Any]:
+    if dataset.is_text:
+        return {"num_tokens": dataset.num_tokens, "length": input_shape(config, dataset)[0]}
+    channels, size, _ = input_shape(config, dataset)
+    return {"channels": channels, "image_size": size}
+
+
+def _build(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    shape, classes = about["shape"], len(about["classes"])
+    try:
+        config = TrainConfig(**about["config"])
+    except TypeError as error:
+        raise ServingError("model: it was exported by a newer version of fedperfix; use that version") from error
+    if "num_tokens" in shape:
+        model = create_text_model(config, **shape, num_classes=classes)
+    else:
+        hw = (shape["image_size"], shape["image_size"])
+        model = create_model(config, channels=shape["channels"], num_classes=classes, image_hw=hw)
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name not in about["own"]}
+    if {name: value.shape for name, value in state.items()} != shapes:
+        raise ServingError("model: its tensors do not fit what this version of fedperfix builds; export it again")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write one file; returns its checksum."""
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+    metadata = {"format": FORMAT, "version": str(VERSION), **metadata}
+    mark = _checksum(tensors, metadata)
+    save_file(tensors, path, {**metadata, "checksum": mark})
+    return mark
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: the file's memory would change with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ServingError(f"there is no '{path}'; python -m fedperfix.serve RUN DIR writes it") from error
+    except (SafetensorError, OSError) as error:
+        raise ServingError(f"'{path}' is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
+    if metadata.get("format") != FORMAT:
+        raise ServingError(f"'{path}' was not written by python -m fedperfix.serve")
+    if metadata.get("version") != str(VERSION):
+        got = metadata.get("version")
+        raise ServingError(f"'{path}' has version {got}, this program reads {VERSION}; export it again")
+    plain = {name: value for name, value in metadata.items() if name != "checksum"}
+    if metadata.get("checksum") != _checksum(tensors, plain):
+        raise ServingError(f"'{path}' is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
