@@ -154,7 +154,9 @@ def _divided(config: TrainConfig) -> Federation:
 
 def _with_own_data(config: TrainConfig, client: int) -> Federation:
     """A federation in which all samples of the data set are one client's, and the others have none."""
-    dataset, partition = load_partitioned(replace(config, clients=1, sampled=1, partition="iid", partition_file=None))
+    dataset, partition = load_partitioned(
+        replace(config, clients=1, sampled=1, partition="iid", partition_file=None)
+    )
     data = FederatedData.of(dataset, partition, device := resolve_device(config.device))
     none = data.train[0][:0]
     parts = {

@@ -52,7 +52,9 @@ def from_run_config(table: Mapping[str, bool | int | float | str]) -> tuple[Trai
     rest = {name: value for name, value in table.items() if name not in names}
     unknown = sorted(rest.keys() - KINDS.keys() | rest.keys() & set(_NOT_HERE))
     if unknown:
-        raise ConfigError(f"{unknown[0]}: is no option of a run with Flower; remove it from the app's configuration")
+        raise ConfigError(
+            f"{unknown[0]}: is no option of a run with Flower; remove it from the app's configuration"
+        )
     values = {name: _value(name, value) for name, value in rest.items()}
     config = TrainConfig(**values).validate()
     check(config)
