@@ -30,6 +30,7 @@ from fedperfix.run.cli import USER_ERRORS, sentence
 _ARRAYS, _WORDS, _TROUBLE = "arrays", "words", "trouble"
 _PAUSE, _ATTEMPTS = 0.5, 3
 _INFO = 20
+_TYPES = {"train": MessageType.TRAIN, "test": MessageType.EVALUATE, "describe": MessageType.QUERY}
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -120,24 +121,27 @@ def main(grid: Grid, context: Context) -> None:
     config, settings = from_run_config(context.run_config)
     folder = Path(settings.flower_server_dir).expanduser()
     wait, timeout = settings.flower_wait, settings.flower_timeout
-    Coordinator(config, folder, GridNodes(grid), wait=wait, timeout=timeout, log=say).run()
+    Coordinator(
+        config, folder, GridNodes(grid, settings.flower_patience), wait=wait, timeout=timeout, log=say
+    ).run()
     say(f"finished; the run is in {folder}")
 
 
 class GridNodes:
     """The clients behind Flower's grid (see `server.Nodes`).
 
-    A node that is new, or came back, is asked which client it is. An order whose node is gone is sent again when the
-    client is back, until the time is up; nodes answer such an order with the same bits.
+    A node that is new, or came back, is asked which client it is. An order whose node is gone is sent again when
+    the client is back, and so is one without an answer after some time (a node that was killed may come back before
+    anybody notices); nodes answer an order that comes twice with the same bits.
 
     Args:
         grid: Flower's.
+        patience: seconds until an order without an answer is sent again.
     """
 
-    _TYPES = {"train": MessageType.TRAIN, "test": MessageType.EVALUATE, "describe": MessageType.QUERY}
-
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, patience: float) -> None:
         self.grid = grid
+        self.patience = patience
         self.node_of: dict[int, int] = {}  # by client
         self._asked: dict[str, int] = {}  # descriptions that are not there yet: node by message
         self._known: set[int] = set()
@@ -157,20 +161,21 @@ class GridNodes:
         """See `server.Nodes`."""
         end = time.monotonic() + seconds
         answers: dict[int, Answer | str] = {}
-        sent: dict[str, tuple[int, int]] = {}  # client and node by message
+        sent: dict[str, tuple[int, int, float]] = {}  # client, node and time by message
         attempts = dict.fromkeys(orders, 0)
         why = dict.fromkeys(orders, "no node of this client is there")
         while len(answers) < len(orders) and time.monotonic() < end:
             online = self._refresh()
             sent = {message: place for message, place in sent.items() if place[1] in online}
-            waiting = set(orders) - answers.keys() - {client for client, _ in sent.values()}
+            recent = time.monotonic() - self.patience
+            waiting = set(orders) - answers.keys() - {client for client, _, when in sent.values() if when > recent}
             for client in sorted(waiting & self.node_of.keys()):
                 node = self.node_of[client]
-                sent[self._send(kind, node, packed(*orders[client]))] = (client, node)
+                sent[self._send(kind, node, packed(*orders[client]))] = (client, node, time.monotonic())
                 why[client] = f"no answer within {seconds:g} s"
             for reply in self.grid.pull_messages(list(sent)) if sent else ():
-                client, _ = sent.pop(reply.metadata.reply_to_message_id, (-1, 0))
-                if client < 0:
+                client, _, _ = sent.pop(reply.metadata.reply_to_message_id, (-1, 0, 0.0))
+                if client < 0 or client in answers:
                     continue
                 attempts[client] += 1
                 if not reply.has_error():
@@ -208,7 +213,7 @@ class GridNodes:
         return online
 
     def _send(self, kind: str, node: int, content: RecordDict) -> str:
-        message = Message(content=content, message_type=self._TYPES[kind], dst_node_id=node)
+        message = Message(content=content, message_type=_TYPES[kind], dst_node_id=node)
         return next(iter(self.grid.push_messages([message])))
 
 
