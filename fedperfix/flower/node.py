@@ -1,8 +1,8 @@
 """What a client's machine does: train and test its one client, and keep what is its own.
 
-The client's own state after a round lies in a file of that round, and the server says with every order which round's
-state counts: the last one whose update it used. A node that is killed, or asked twice, therefore starts from the
-same state and finds the same bits. Files of other rounds are removed.
+The client's own state after a round lies in a file of that round, and the server says with every order which
+round's state counts: the last one whose update it used. A node that is killed, or asked twice, therefore starts
+from the same state and finds the same bits. Files of other rounds are removed.
 """
 
 from __future__ import annotations

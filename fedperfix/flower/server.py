@@ -97,9 +97,7 @@ class Coordinator:
         self.config, self.folder, self.nodes, self.timeout, self.log = config, folder, nodes, timeout, log
         said = nodes.describe(config.clients, wait)
         if not said:
-            raise ConfigError(
-                f"nodes: none of {config.clients} clients answered within {wait:g} s; start them first"
-            )
+            raise ConfigError(f"nodes: none of {config.clients} clients answered in {wait:g} s; start them first")
         first = min(said)
         for client in sorted(said):
             different = [name for name in ("shape", "classes") if said[client][name] != said[first][name]]
@@ -128,9 +126,9 @@ class Coordinator:
         while self.state.round < self.config.rounds:
             begin = time.perf_counter()
             result = self._round()
-            self._save()
             record = RoundMetrics.of(result, time.perf_counter() - begin)
-            metrics.append(self.folder, record)
+            metrics.append(self.folder, record)  # a round that is not in the state as well is cut off
+            self._save()
             tested = f", all {record.all_mean:.2f} %" if record.all_mean is not None else ""
             self.log(f"round {record.round}/{self.config.rounds}: local {record.local_mean:.2f} %{tested}")
 
@@ -142,9 +140,7 @@ class Coordinator:
         clock = time.perf_counter()
         answers = self._ask("train", sampled, round)
         if not answers:
-            raise NoAnswers(
-                f"round {round}: none of {len(sampled)} clients answered; run the same command to go on"
-            )
+            raise NoAnswers(f"round {round}: none of {len(sampled)} clients answered; run the app again to go on")
         turns = self._turns(answers)
         seconds["train"] = time.perf_counter() - clock
 
@@ -221,9 +217,7 @@ class Coordinator:
         return Turns(
             clients=clients,
             rows=torch.stack([arrays[SHARED] for arrays, _ in answers.values()]),
-            extra={
-                name: torch.stack([arrays[f"{EXTRA}{name}"] for arrays, _ in answers.values()]) for name in extra
-            },
+            extra={name: torch.stack([sent[f"{EXTRA}{name}"] for sent, _ in answers.values()]) for name in extra},
             own={},
             meters=torch.tensor(meters),
             outputs=[],

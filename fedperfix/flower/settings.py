@@ -26,12 +26,14 @@ class FlowerSettings:
         flower_state_dir: where a node keeps its client's states, if the node's own configuration does not say.
         flower_wait: seconds to wait for all nodes before the first round goes on without those that are missing.
         flower_timeout: seconds to wait for the answers of a round.
+        flower_patience: seconds after which an order without an answer is sent again.
     """
 
     flower_server_dir: str = "flower-run"
     flower_state_dir: str = "flower-nodes"
     flower_wait: float = 120.0
     flower_timeout: float = 3600.0
+    flower_patience: float = 900.0
 
 
 def to_run_config(config: TrainConfig, settings: FlowerSettings) -> dict[str, bool | int | float | str]:
@@ -52,9 +54,7 @@ def from_run_config(table: Mapping[str, bool | int | float | str]) -> tuple[Trai
     rest = {name: value for name, value in table.items() if name not in names}
     unknown = sorted(rest.keys() - KINDS.keys() | rest.keys() & set(_NOT_HERE))
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]}: is no option of a run with Flower; remove it from the app's configuration"
-        )
+        raise ConfigError(f"{unknown[0]}: is no option of a run with Flower; remove it from pyproject.toml")
     values = {name: _value(name, value) for name, value in rest.items()}
     config = TrainConfig(**values).validate()
     check(config)
