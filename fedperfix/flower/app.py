@@ -53,17 +53,19 @@ def unpacked(content: RecordDict) -> Answer:
     Raises:
         ValueError: it has others.
     """
-    try:
-        arrays, words = content[_ARRAYS], content[_WORDS]
-        return {name: _tensor(array) for name, array in arrays.items()}, dict(words.items())
-    except (KeyError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise ValueError(f"its content cannot be read ({error})") from error
+    arrays, words = content.get(_ARRAYS), content.get(_WORDS)
+    if not isinstance(arrays, ArrayRecord) or not isinstance(words, ConfigRecord):
+        raise ValueError("its content is not that of this app")
+    return {name: _tensor(array) for name, array in arrays.items()}, dict(words.items())
 
 
 def _tensor(array: Array) -> Tensor:
     if array.stype != "numpy.ndarray":
         raise ValueError(f"its arrays are {array.stype}, not numpy.ndarray")
-    value = array.numpy()
+    try:
+        value = array.numpy()  # without pickle
+    except (TypeError, ValueError, EOFError, OSError) as error:
+        raise ValueError(f"its arrays cannot be read ({error})") from error
     if value.dtype not in (np.float32, np.float64, np.float16):
         raise ValueError(f"its arrays are of {value.dtype}, not of floating-point numbers")
     return torch.from_numpy(value.copy())

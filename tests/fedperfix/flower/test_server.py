@@ -67,8 +67,11 @@ def test_the_bits_of_a_run_in_one_process(method: str) -> None:
     coordinated(config)
     assert shared("server") == shared("one", checkpoint.CHECKPOINT)
     for found, expected in zip(figures("server"), figures("one"), strict=True):
-        assert found.pop("dropped_clients") == expected.pop("dropped_clients")
-        assert found == pytest.approx(expected, rel=1e-6)
+        numbers = {name for name, value in expected.items() if isinstance(value, float)}
+        assert {name: found[name] for name in numbers} == pytest.approx({name: expected[name] for name in numbers})
+        assert [found[name] for name in found.keys() - numbers] == [
+            expected[name] for name in found.keys() - numbers
+        ]
     for path in Path("nodes").rglob("round-*.safetensors"):
         if path == max(path.parent.iterdir()):
             own = checkpoint.read_client(Path("one"), int(path.parent.name.removeprefix("client-")))
