@@ -62,7 +62,7 @@ class Grid:
         numbers = []
         for message in messages:
             number = f"m{len(self.replies) + len(self.orders)}-{len(numbers)}-{id(message)}"
-            message.metadata.message_id = number
+            message.metadata._message_id = number
             node = message.metadata.dst_node_id
             query = message.metadata.message_type == "query"
             numbers.append(number)
