@@ -194,6 +194,19 @@ def evaluate_groups(
     worker: Worker, state: FederatedState, groups: Sequence[Sequence[int]], round: int, progress: Progress
 ) -> Evaluation:
     """As `evaluate`, of clients in groups as from `client_groups`, in the order of their numbers."""
+    outputs = _outputs(worker, state, groups, round, progress)
+    clients = sorted(outputs)
+    return Evaluation.of(clients, [outputs[index] for index in clients], worker)
+
+
+def client_outputs(worker: Worker, state: FederatedState, clients: Sequence[int], round: int) -> dict[int, Tensor]:
+    """What the models of clients say of their test images, float32 [n, classes] each; arguments as `evaluate`."""
+    return _outputs(worker, state, client_groups(worker, clients), round, lambda phase, done, total: None)
+
+
+def _outputs(
+    worker: Worker, state: FederatedState, groups: Sequence[Sequence[int]], round: int, progress: Progress
+) -> dict[int, Tensor]:
     outputs: dict[int, Tensor] = {}
     total = sum(map(len, groups))
     for group in groups:
@@ -204,8 +217,7 @@ def evaluate_groups(
             worker.method.prepare_test(client)
             outputs[group[0]] = client.test()
         progress("testing", len(outputs), total)
-    clients = sorted(outputs)
-    return Evaluation.of(clients, [outputs[index] for index in clients], worker)
+    return outputs
 
 
 def client_groups(worker: Worker, clients: Sequence[int]) -> list[tuple[int, ...]]:
