@@ -67,24 +67,22 @@ def _median(config: TrainConfig, server: Server, uploads: Uploads, weights: Tens
 
 
 def _trimmed_mean(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
-    trim = _among(config, uploads, (len(uploads.clients) - 1) // 2)
+    trim = min(hostile(config), (len(uploads.clients) - 1) // 2)
     trimmed_mean(uploads.shared, trim, out=server.shared, backend=server.backend)
 
 
 def _multi_krum(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
-    """The mean of the K − b uploads nearest to the others; the global model stays if there are fewer than three."""
+    """The mean of the K − b uploads nearest to the others; the global model stays if there are fewer than three.
+
+    If clients were left out, hostile ones may still be among the rest: b stays what it was, and the distances are
+    taken with the largest b that so few allow.
+    """
     clients = len(uploads.clients)
     if clients < 3:
         return
-    byzantine = _among(config, uploads, (clients - 3) // 2)
+    byzantine, select = min(hostile(config), (clients - 3) // 2), max(clients - hostile(config), 1)
     before = server.shared.clone()
-    krum(uploads.shared, before, byzantine, clients - byzantine, out=server.shared, backend=server.backend)
-
-
-def _among(config: TrainConfig, uploads: Uploads, most: int) -> int:
-    """How many of the uploads may be hostile: less those that were left out before, at most as many as can be."""
-    left_out = config.sampled - len(uploads.clients)
-    return min(max(hostile(config) - left_out, 0), most)
+    krum(uploads.shared, before, byzantine, select, out=server.shared, backend=server.backend)
 
 
 def _private(config: TrainConfig, server: Server, uploads: Uploads) -> None:
