@@ -190,6 +190,14 @@ def test_the_mean_is_lost(name: str, images, clean: float) -> None:
     assert found < clean - 10
 
 
+def test_flipped_labels_of_four_in_ten_harm_the_mean_more_than_the_robust_rules(images, clean: float) -> None:
+    """Two in ten hardly harm even the mean, so that case alone would pass without a defence."""
+    liars = {"attack": "label-flip", "attackers": 0.4}
+    assert accuracy(images, **liars) < clean - 10
+    for rule in ("median", "trimmed-mean"):
+        assert accuracy(images, aggregator=rule, byzantine=4, **liars) > clean - 5
+
+
 @pytest.mark.parametrize("name", ["nan", "scale"])
 def test_what_cannot_be_meant_is_left_out_of_the_mean(name: str, images, clean: float) -> None:
     found = accuracy(images, attack=name, attack_scale=1e6)
