@@ -11,7 +11,6 @@ what is one client's own. Then, in Python, one batch with images of many clients
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedperfix.config import ConfigError, TrainConfig, parse_args
@@ -37,9 +34,10 @@ from fedperfix.models import create_model, create_text_model, input_shape
 from fedperfix.models.batched import forward_clients
 from fedperfix.run import checkpoint
 from fedperfix.run.cli import cli
+from fedperfix.run.tensors import TensorsError, read_tensors, write_tensors
 
 MODEL, CLIENTS = "model.safetensors", "clients"
-FORMAT, VERSION = "fedperfix-serving", 1
+FORMAT = "fedperfix-serving"
 
 
 class ServingError(ValueError):
@@ -118,11 +116,13 @@ def export(config: TrainConfig, run: Path, target: Path, clients: Sequence[int] 
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         (temporary / CLIENTS).mkdir()
-        mark = _write(temporary / MODEL, state, {"about": json.dumps(about, sort_keys=True)})
+        mark = write_tensors(FORMAT, temporary / MODEL, state, {"about": json.dumps(about, sort_keys=True)})
         for index in chosen:
             kept = checkpoint.read_client(run, index)
             mine = {name: kept[f"personal.{name}"] for name in own}
-            _write(temporary / CLIENTS / f"{index}.safetensors", mine, {"client": str(index), "model": mark})
+            write_tensors(
+                FORMAT, temporary / CLIENTS / f"{index}.safetensors", mine, {"client": str(index), "model": mark}
+            )
         temporary.chmod(0o755)
         temporary.rename(target)
     except BaseException:
@@ -229,6 +229,15 @@ class PersonalizedModel:
         return {name: value.to(self.device) for name, value in tensors.items()}
 
 
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_tensors(FORMAT, path)
+    except FileNotFoundError as error:
+        raise ServingError(f"there is no '{path}'; python -m fedperfix.serve RUN DIR writes it") from error
+    except TensorsError as error:
+        raise ServingError(f"{error}; export it again") from error
+
+
 def load(
     folder: str | Path, *, device: str = "auto", precision: str = "auto", cached: int = 1024
 ) -> PersonalizedModel:
@@ -284,44 +293,6 @@ def _build(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
         raise ServingError("model: its tensors do not fit what this version of fedperfix builds; export it again")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write one file; returns its checksum."""
-    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
-    metadata = {"format": FORMAT, "version": str(VERSION), **metadata}
-    mark = _checksum(tensors, metadata)
-    save_file(tensors, path, {**metadata, "checksum": mark})
-    return mark
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies: the file's memory would change with the file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ServingError(f"there is no '{path}'; python -m fedperfix.serve RUN DIR writes it") from error
-    except (SafetensorError, OSError) as error:
-        raise ServingError(f"'{path}' is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
-    if metadata.get("format") != FORMAT:
-        raise ServingError(f"'{path}' was not written by python -m fedperfix.serve")
-    if metadata.get("version") != str(VERSION):
-        got = metadata.get("version")
-        raise ServingError(f"'{path}' has version {got}, this program reads {VERSION}; export it again")
-    plain = {name: value for name, value in metadata.items() if name != "checksum"}
-    if metadata.get("checksum") != _checksum(tensors, plain):
-        raise ServingError(f"'{path}' is damaged: its content does not match its checksum")
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

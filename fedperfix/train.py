@@ -142,7 +142,26 @@ def build(config: TrainConfig, device: torch.device, group: Group = ALONE) -> Fe
     """
     _check_tensorboard(config)
     dataset, partition = load_partitioned(config)
-    data = poisoned(FederatedData.of(dataset, partition, device), config)
+    return assemble(config, device, dataset, partition, FederatedData.of(dataset, partition, device), group)
+
+
+def assemble(
+    config: TrainConfig,
+    device: torch.device,
+    dataset: Dataset,
+    partition: Partition,
+    data: FederatedData,
+    group: Group = ALONE,
+) -> Federation:
+    """As `build`, with data that are there already.
+
+    Args:
+        config, device, group: as in `build`.
+        dataset: what the samples are.
+        partition: how they were divided.
+        data: of the clients, on the device.
+    """
+    data = poisoned(data, config)
     model = model_for(config, dataset)
     size = None if dataset.is_text else input_shape(config, dataset)[-1]
     method = method_class(config.method)(config)

@@ -128,7 +128,7 @@ def flipped(path: Path) -> None:
         (lambda path: path.unlink(), "there is no 'out/model.safetensors'"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged or no safetensors file"),
         (lambda path: path.write_text("hello"), "is damaged or no safetensors file"),
-        (lambda path: rewritten(path, keep=False), "was not written by python -m fedperfix.serve"),
+        (lambda path: rewritten(path, keep=False), "is no file of the kind fedperfix-serving"),
         (lambda path: rewritten(path, version="2"), "has version 2, this program reads 1; export it again"),
         (lambda path: rewritten(path, about="{}"), "is damaged: its content does not match its checksum"),
         (flipped, "is damaged: its content does not match its checksum"),

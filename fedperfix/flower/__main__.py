@@ -1,0 +1,99 @@
+"""`python -m fedperfix.flower init DIR [options]`: write a Flower app that plays a federation.
+
+The options are those of python -m fedperfix.train; they become the app's configuration, in DIR/pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fedperfix import __version__
+from fedperfix.config import ConfigError, parse_args
+from fedperfix.flower.settings import FlowerSettings, check, to_run_config
+from fedperfix.run.cli import cli
+from fedperfix.run.files import write_text
+
+_APP = '''"""A federation of fedperfix; its settings are in pyproject.toml."""
+
+from fedperfix.flower.app import client_app, server_app
+
+__all__ = ["client_app", "server_app"]
+'''
+_PROJECT = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedperfix-app"
+version = "{version}"
+description = "A federation of fedperfix"
+license = "MIT"
+dependencies = ["fedperfix[flower]"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "fedperfix"
+
+[tool.flwr.app.components]
+serverapp = "app:server_app"
+clientapp = "app:client_app"
+
+# As in python -m fedperfix.train --help; "" is an option that is not given.
+[tool.flwr.app.config]
+{config}
+"""
+_COMMANDS = """written      {dir}/app.py, {dir}/pyproject.toml
+
+In every terminal, for work without Flower's servers and without installing packages in the middle of a run:
+  export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+
+Simulation of {clients} clients on this machine (pip install 'flwr[simulation]'):
+  flower-superlink --insecure --simulation --disable-runtime-dependency-installation
+
+Deployment, one command per machine (docs/flower.md has certificates and keys):
+  flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key \\
+      --enable-supernode-auth --disable-runtime-dependency-installation --host 0.0.0.0
+  flwr supernode register client-0.pub mine
+  flower-supernode --superlink SERVER:8000 --root-certificates ca.crt --auth-supernode-private-key client-0 \\
+      --node-config 'partition-id=0 state-dir="/var/lib/fedperfix"'
+
+Then, with the server's address in the connection `mine` of Flower's configuration:
+  flwr run {dir} mine --stream
+"""
+
+
+@cli
+def main(argv: list[str]) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None is the process's own.
+
+    Returns:
+        The exit code: 0, or 2 for wrong input (one sentence on stderr).
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    if argv[0] != "init" or len(argv) < 2 or argv[1].startswith("-"):
+        raise ConfigError(f"init: got '{' '.join(argv[:2])}', takes init and the name of a new folder")
+    target = Path(argv[1])
+    if target.exists():
+        raise ConfigError(f"DIR: '{target}' exists; takes the name of a new folder")
+    config = parse_args(argv[2:])
+    check(config)
+    table = to_run_config(config, FlowerSettings())
+    target.mkdir(parents=True)
+    write_text(target / "app.py", _APP)
+    lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
+    write_text(target / "pyproject.toml", _PROJECT.format(version=__version__, config=lines))
+    print(_COMMANDS.format(dir=target, clients=config.clients))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
