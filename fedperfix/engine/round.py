@@ -19,6 +19,7 @@ from fedperfix.engine.privacy import epsilon, largest_ratio
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState, unpadded
 from fedperfix.engine.stopwatch import Stopwatch
+from fedperfix.methods.aggregators import shares
 from fedperfix.randomness import numpy_generator
 from fedperfix_kernels import ParameterArena
 
@@ -168,14 +169,8 @@ def tested_clients(config: TrainConfig, round: int) -> Sequence[int]:
 
 
 def data_weights(worker: Worker, clients: Sequence[int]) -> Tensor:
-    """Each client's share of the training images of `clients`: float64 [K], sum 1.
-
-    With `--dp` all shares are equal: how many images a client has is part of what must not be learned.
-    """
-    if worker.config.dp != "none":
-        return torch.full((len(clients),), 1 / max(len(clients), 1), dtype=torch.float64)
-    sizes = torch.tensor([len(worker.data.train[index]) for index in clients], dtype=torch.float64)
-    return sizes / sizes.sum()
+    """Each client's share of the training images of `clients`, or with `--dp` equal ones: float64 [K], sum 1."""
+    return shares(worker.config, [len(worker.data.train[index]) for index in clients])
 
 
 def _bytes(values: Iterable[Tensor], arena: ParameterArena) -> int:

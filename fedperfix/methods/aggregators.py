@@ -5,7 +5,7 @@ The operations are those of `fedperfix_kernels.aggregation`; here is which of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,21 @@ def combine(config: TrainConfig, server: Server, uploads: Uploads, weights: Tens
         _private(config, server, uploads)
     else:
         _RULES[config.aggregator](config, server, uploads, weights)
+
+
+def shares(config: TrainConfig, images: Sequence[int]) -> Tensor:
+    """The clients' shares of an aggregation: float64 [K] on the CPU, sum 1.
+
+    With `--dp` all are equal: how many images a client has is part of what must not be learned.
+
+    Args:
+        config: of the run.
+        images: how many training images each of the K clients has.
+    """
+    sizes = torch.tensor(images, dtype=torch.float64)
+    if config.dp != "none":
+        sizes.fill_(1)
+    return sizes / sizes.sum()
 
 
 def hostile(config: TrainConfig) -> int:
