@@ -488,7 +488,7 @@ class TrainConfig:
             raise _wrong("clients_per_step", self.clients_per_step, takes)
 
     def _validate_aggregation(self) -> None:
-        from fedperfix.engine import privacy
+        from fedperfix.engine import attack, privacy
         from fedperfix.methods import Method, aggregators, method_class
 
         mean = method_class(self.method).aggregate is Method.aggregate
@@ -502,6 +502,7 @@ class TrainConfig:
             raise _wrong("reduction", self.reduction, takes)
         aggregators.validate(self)
         privacy.validate(self)
+        attack.validate(self)
 
     def _validate_local(self) -> None:
         groups = _groups()

@@ -8,11 +8,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedperfix.config import TrainConfig
+from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.data import FederatedData
 from fedperfix.randomness import numpy_generator, torch_seed
 
 LABELS = "label-flip"
+
+
+def validate(config: TrainConfig) -> None:
+    """Check that somebody lies if there is an attack.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    if config.attack != "none" and _count(config) == 0:
+        raise ConfigError(
+            f"--attackers: got {config.attackers:g}, takes at least {1 / config.clients:.4g} with --clients "
+            f"{config.clients}, so that one is hostile"
+        )
 
 
 def attackers(config: TrainConfig) -> frozenset[int]:
@@ -20,8 +33,11 @@ def attackers(config: TrainConfig) -> frozenset[int]:
     if config.attack == "none":
         return frozenset()
     generator = numpy_generator(config.seed, "attackers")
-    count = round(config.attackers * config.clients)
-    return frozenset(generator.choice(config.clients, count, replace=False).tolist())
+    return frozenset(generator.choice(config.clients, _count(config), replace=False).tolist())
+
+
+def _count(config: TrainConfig) -> int:
+    return round(config.attackers * config.clients)
 
 
 def poisoned(data: FederatedData, config: TrainConfig) -> FederatedData:

@@ -5,8 +5,10 @@ need no noise. Neighbouring federations differ in one client's data, and the num
 one"). A clipped update then moves the sum of a round by at most 2C, C of `--dp-clip`, so that noise of the standard
 deviation z C, z of `--dp-noise`, is z/2 times the sensitivity.
 
-- central: the server adds the noise to the sum. A round is the Gaussian mechanism on K of N clients drawn without
-  replacement (Wang, Balle, Kasiviswanathan, AISTATS 2019, arXiv 1808.00087, Theorem 27).
+- central: the server adds the noise to the sum, in which every client that was drawn has its place whatever the
+  others send: the server leaves out what is not finite, and nothing for being large (`largest_ratio`). A round is
+  the Gaussian mechanism on K of N clients drawn without replacement (Wang, Balle, Kasiviswanathan, AISTATS 2019,
+  arXiv 1808.00087, Theorem 27).
 - local: every client adds it to its own update. A client's loss is that of one Gaussian mechanism for each round in
   which it took part; nobody but itself is trusted, and nothing is gained by the sampling.
 
@@ -17,6 +19,7 @@ guarantee to hold, and from a generator that is made for simulation, not for cry
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -36,10 +39,14 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    from fedperfix.methods import Method, method_class  # they import `fedperfix.config`, which calls this
+
     if config.dp == "none":
         return
     if find_spec("dp_accounting") is None:
         raise ConfigError(f"--dp: got {config.dp}, needs dp-accounting: pip install 'fedperfix[privacy]'")
+    if method_class(config.method).extra_upload is not Method.extra_upload:
+        raise ConfigError(f"--dp: got {config.dp}, takes none with --method {config.method}, which sends more")
     if config.dp == "central" and config.aggregator != "mean":
         raise ConfigError(f"--aggregator: got {config.aggregator}, takes mean with --dp central, which is a mean")
 
@@ -54,10 +61,26 @@ def check_model(config: TrainConfig, arena: ParameterArena) -> None:
         raise ConfigError(f"--dp: got {config.dp}, takes a model without batch norm; got --model {config.model}")
 
 
+def largest_ratio(config: TrainConfig) -> float:
+    """For `screen.usable`: how many times the median of its round's an update may be.
+
+    With `central` there is no limit: a median depends on all clients, so that one of them could put others in or
+    out of the sum and move it by more than twice the clip. An update is bounded by the clip in any case.
+    """
+    return math.inf if config.dp == "central" else config.max_update_ratio
+
+
 def randomise(upload: Tensor, start: Tensor, config: TrainConfig, client: int, round: int) -> None:
-    """Clip a client's update and add its noise, in place in what it sends, [P_shared], given where it started."""
+    """Clip a client's update and add its noise, in place in what it sends, [P_shared], given where it started.
+
+    An update that is not finite counts as none.
+    """
     update = upload - start
-    update *= config.dp_clip / torch.linalg.vector_norm(update).clamp_min(config.dp_clip)
+    norm = torch.linalg.vector_norm(update)
+    if norm.isfinite():
+        update *= config.dp_clip / norm.clamp_min(config.dp_clip)
+    else:  # a NaN that no noise hides would tell that the client diverged
+        update.zero_()
     generator = torch.Generator().manual_seed(torch_seed(config.seed, "local noise", client=client, round=round))
     noise = torch.randn(upload.numel(), generator=generator).to(upload)
     upload.copy_(start + update + config.dp_clip * config.dp_noise * noise)

@@ -15,10 +15,11 @@ from fedperfix.engine.cohort import Turns
 from fedperfix.engine.distributed import aggregate_exact, aggregate_sums, evaluate_spread, train_spread
 from fedperfix.engine.evaluate import Evaluation, Progress
 from fedperfix.engine.group import ALONE, Group
-from fedperfix.engine.privacy import epsilon
+from fedperfix.engine.privacy import epsilon, largest_ratio
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState, unpadded
 from fedperfix.engine.stopwatch import Stopwatch
+from fedperfix.methods.aggregators import shares
 from fedperfix.randomness import numpy_generator
 from fedperfix_kernels import ParameterArena
 
@@ -145,8 +146,9 @@ def _epsilon(config: TrainConfig, round: int) -> float | None:
 
 def _aggregate(worker: Worker, state: FederatedState, turns: Turns) -> list[int]:
     """Aggregate what can be used of the turns into the server's side; returns those rows."""
-    kept = usable(upload_sizes(turns, state.server.shared), worker.config.max_update_ratio)
-    if kept:
+    config = worker.config
+    kept = usable(upload_sizes(turns, state.server.shared), largest_ratio(config))
+    if kept or config.dp == "central":  # whose noise must come in every round
         uploads = replace(turns.uploads(kept), round=state.round + 1)
         worker.method.aggregate(state.server, uploads, data_weights(worker, uploads.clients))
     return kept
@@ -167,9 +169,8 @@ def tested_clients(config: TrainConfig, round: int) -> Sequence[int]:
 
 
 def data_weights(worker: Worker, clients: Sequence[int]) -> Tensor:
-    """Each client's share of the training images of `clients`: float64 [K], sum 1."""
-    sizes = torch.tensor([len(worker.data.train[index]) for index in clients], dtype=torch.float64)
-    return sizes / sizes.sum()
+    """Each client's share of the training images of `clients`, or with `--dp` equal ones: float64 [K], sum 1."""
+    return shares(worker.config, [len(worker.data.train[index]) for index in clients])
 
 
 def _bytes(values: Iterable[Tensor], arena: ParameterArena) -> int:

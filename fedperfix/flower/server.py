@@ -22,13 +22,14 @@ from torch import Tensor
 from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.engine.cohort import Turns
 from fedperfix.engine.evaluate import Evaluation
-from fedperfix.engine.privacy import check_model
+from fedperfix.engine.privacy import check_model, largest_ratio
 from fedperfix.engine.privacy import epsilon as spent
 from fedperfix.engine.round import RoundResult, sample_clients
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import Server, unpadded
 from fedperfix.flower.node import EXTRA, SCORES, SERVER, SHARED, Answer
 from fedperfix.methods import method_class
+from fedperfix.methods.aggregators import shares
 from fedperfix.models import create_model, create_text_model
 from fedperfix.run import metrics
 from fedperfix.run.checkpoint import config_digest
@@ -145,14 +146,14 @@ class Coordinator:
         seconds["train"] = time.perf_counter() - clock
 
         clock = time.perf_counter()
-        rows = usable(upload_sizes(turns, server.shared), config.max_update_ratio)
+        rows = usable(upload_sizes(turns, server.shared), largest_ratio(config))
         for row, client in enumerate(turns.clients):
             if row not in rows:
                 self.log(f"round {round}: left out client {client}, whose update is not finite or too large")
-        if rows:
+        if rows or config.dp == "central":  # whose noise must come in every round
             uploads = replace(turns.uploads(rows), round=round)
-            images = torch.tensor([state.sizes[client] for client in uploads.clients], dtype=torch.float64)
-            self.method.aggregate(server, uploads, images / images.sum())
+            images = [state.sizes[client] for client in uploads.clients]
+            self.method.aggregate(server, uploads, shares(config, images))
             for client in uploads.clients:
                 state.kept[client] = round
         used = [turns.clients[row] for row in rows]

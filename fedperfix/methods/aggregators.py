@@ -5,7 +5,7 @@ The operations are those of `fedperfix_kernels.aggregation`; here is which of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,21 @@ def combine(config: TrainConfig, server: Server, uploads: Uploads, weights: Tens
         _private(config, server, uploads)
     else:
         _RULES[config.aggregator](config, server, uploads, weights)
+
+
+def shares(config: TrainConfig, images: Sequence[int]) -> Tensor:
+    """The clients' shares of an aggregation: float64 [K] on the CPU, sum 1.
+
+    With `--dp` all are equal: how many images a client has is part of what must not be learned.
+
+    Args:
+        config: of the run.
+        images: how many training images each of the K clients has.
+    """
+    sizes = torch.tensor(images, dtype=torch.float64)
+    if config.dp != "none":
+        sizes.fill_(1)
+    return sizes / sizes.sum()
 
 
 def hostile(config: TrainConfig) -> int:
@@ -67,24 +82,22 @@ def _median(config: TrainConfig, server: Server, uploads: Uploads, weights: Tens
 
 
 def _trimmed_mean(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
-    trim = _among(config, uploads, (len(uploads.clients) - 1) // 2)
+    trim = min(hostile(config), (len(uploads.clients) - 1) // 2)
     trimmed_mean(uploads.shared, trim, out=server.shared, backend=server.backend)
 
 
 def _multi_krum(config: TrainConfig, server: Server, uploads: Uploads, weights: Tensor) -> None:
-    """The mean of the K − b uploads nearest to the others; the global model stays if there are fewer than three."""
+    """The mean of the K − b uploads nearest to the others; the global model stays if there are fewer than three.
+
+    If clients were left out, hostile ones may still be among the rest: b stays what it was, and the distances are
+    taken with the largest b that so few allow.
+    """
     clients = len(uploads.clients)
     if clients < 3:
         return
-    byzantine = _among(config, uploads, (clients - 3) // 2)
+    byzantine, select = min(hostile(config), (clients - 3) // 2), max(clients - hostile(config), 1)
     before = server.shared.clone()
-    krum(uploads.shared, before, byzantine, clients - byzantine, out=server.shared, backend=server.backend)
-
-
-def _among(config: TrainConfig, uploads: Uploads, most: int) -> int:
-    """How many of the uploads may be hostile: less those that were left out before, at most as many as can be."""
-    left_out = config.sampled - len(uploads.clients)
-    return min(max(hostile(config) - left_out, 0), most)
+    krum(uploads.shared, before, byzantine, select, out=server.shared, backend=server.backend)
 
 
 def _private(config: TrainConfig, server: Server, uploads: Uploads) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from fedperfix.engine.round import run_round, sample_clients
 from fedperfix.run.metrics import RoundMetrics
 from tests.fedperfix import tiny
 
-pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
+dp_accounting = pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
+RdpAccountant = pytest.importorskip("dp_accounting.rdp").RdpAccountant
 
 SIZE = 50_000
 
@@ -82,9 +84,9 @@ def test_every_client_adds_noise_to_what_it_sends() -> None:
     run_round(worker, state, config, evaluate_all=False)
     updates = honest_uploads() - start
     clipped = updates * np.minimum(1, 0.5 / np.linalg.norm(updates, axis=1, keepdims=True))
-    weights = np.array([5, 9, 12]) / 26
-    difference = (state.server.shared.numpy() - start - weights @ clipped)[real(worker).numpy()]
-    assert difference.std() == pytest.approx(1.0 * math.sqrt((weights**2).sum()), rel=0.02)
+    # All alike: how many images a client has is part of its data.
+    difference = (state.server.shared.numpy() - start - clipped.mean(0))[real(worker).numpy()]
+    assert difference.std() == pytest.approx(1.0 / math.sqrt(3), rel=0.02)
 
 
 @pytest.mark.parametrize("dp", ["central", "local"])
@@ -123,6 +125,51 @@ def test_a_client_that_is_left_out_counts_as_no_update() -> None:
     np.testing.assert_allclose((state.server.shared - start).numpy(), expected, atol=1e-6)
 
 
+def scaling(worker, factors: dict[int, float]):
+    """FedAvg in which some clients multiply their update."""
+
+    class Scaling(type(worker.method)):
+        def train_client(self, client) -> None:
+            super().train_client(client)
+            if client.index in factors:
+                client.arena.flat.lerp_(client.server.shared, 1 - factors[client.index])
+
+    return Scaling(worker.config)
+
+
+def test_the_server_keeps_every_finite_update_whatever_the_others_send() -> None:
+    """If others decided who is left out, one client could change the sum by more than twice the clip."""
+    worker, state, config = federation("central", dp_clip=1.0, dp_noise=1e-9, max_update_ratio=1.0)
+    worker.method = scaling(worker, {1: 1e6})
+    result = run_round(worker, state, config, evaluate_all=False)
+    assert result.dropped == ()
+    worker, state, config = federation("none", max_update_ratio=1.0)
+    worker.method = scaling(worker, {1: 1e6})
+    assert 1 in run_round(worker, state, config, evaluate_all=False).dropped
+
+
+def test_the_server_adds_its_noise_even_if_no_update_can_be_used() -> None:
+    """A model that stays as it was would tell that all clients diverged."""
+    worker, state, config = federation("central", dp_clip=1.0, dp_noise=3.0)
+    start = state.server.shared.clone()
+    worker.method = scaling(worker, dict.fromkeys(range(3), math.nan))
+    result = run_round(worker, state, config, evaluate_all=False)
+    assert result.dropped == (0, 1, 2)
+    assert result.train_loss is None
+    change = (state.server.shared - start)[real(worker)]
+    assert change.std().item() == pytest.approx(3.0 / 3, rel=0.02)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_client_that_diverged_sends_noise_alone(value: float) -> None:
+    _, _, config = federation("local", dp_clip=0.5, dp_noise=2.0)
+    start, upload = torch.full((SIZE,), 7.0), torch.zeros(SIZE)
+    upload[3] = value
+    privacy.randomise(upload, start, config, client=1, round=1)
+    assert upload.mean().item() == pytest.approx(7.0, abs=5 / math.sqrt(SIZE))
+    assert upload.std().item() == pytest.approx(1.0, rel=0.02)
+
+
 # Epsilon --------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +202,38 @@ def test_sampling_helps_and_rounds_cost() -> None:
     spent = [privacy.epsilon(config, [range(10)] * rounds) for rounds in (1, 10, 100)]
     assert 0 < spent[0] < spent[1] < spent[2]
     assert spent[2] < 0.3 * gaussian_epsilon(2.0, 100, 1e-5)
+
+
+def without_replacement(part: float, multiplier: float, order: int) -> float:
+    """Rényi divergence of a Gaussian on a part of the clients: Wang et al. (AISTATS 2019), Theorem 27.
+
+    Its ε(∞) is infinite for Gaussian noise, so that every minimum over it is 2.
+    """
+    gaussian = [a / (2 * multiplier**2) for a in range(order + 1)]
+    second = math.exp(gaussian[2])
+    total = 1 + part**2 * math.comb(order, 2) * min(4 * (second - 1), 2 * second)
+    for j in range(3, order + 1):
+        total += 2 * part**j * math.comb(order, j) * math.exp((j - 1) * gaussian[j])
+    return math.log(total) / (order - 1)
+
+
+@pytest.mark.parametrize(("sampled", "noise"), [(10, 4.0), (100, 4.0), (100, 8.0)])
+def test_a_part_of_the_clients_has_at_most_the_published_bound(sampled: int, noise: float) -> None:
+    """The library's is the strengthened bound for Gaussian noise: lower, by up to a third here."""
+    options = ["--dp=central", "--clients=1000", f"--sampled={sampled}", f"--dp-noise={noise}"]
+    found = privacy.epsilon(parse_args(options), [range(sampled)] * 100)
+    mechanism = dp_accounting.SampledWithoutReplacementDpEvent(
+        1000, sampled, dp_accounting.GaussianDpEvent(noise / 2)
+    )
+    library = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
+    assert found == library.compose(mechanism, 100).get_epsilon(1e-5)
+    published = min(
+        100 * without_replacement(sampled / 1000, noise / 2, order)
+        + math.log1p(-1 / order)
+        - math.log(1e-5 * order) / (order - 1)
+        for order in range(2, 40)
+    )
+    assert 0.65 * published < found < 1.001 * published
 
 
 def test_a_round_reports_what_is_spent() -> None:
@@ -192,6 +271,19 @@ def test_without_the_library_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(privacy, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs dp-accounting: pip install 'fedperfix\[privacy\]'"):
         parse_args(["--dp=central"])
+
+
+def test_a_method_of_ones_own_that_sends_more_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "more.py"
+    file.write_text(
+        "from fedperfix.methods.base import Method\n"
+        "class More(Method):\n"
+        "    name = 'more'\n"
+        "    def extra_upload(self, arena):\n"
+        "        return {'labels': arena.shared}\n"
+    )
+    with pytest.raises(ConfigError, match="--dp: got local, takes none with --method .*, which sends more"):
+        parse_args(["--dp=local", f"--method={file}:More"])
 
 
 def test_running_statistics_cannot_be_clipped() -> None:

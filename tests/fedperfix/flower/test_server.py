@@ -81,6 +81,20 @@ def test_the_bits_of_a_run_in_one_process(method: str) -> None:
             )
 
 
+@pytest.mark.parametrize(("dp", "dropped"), [("central", 0), ("local", 1)])
+def test_privacy_has_the_bits_of_a_run_in_one_process(dp: str, dropped: int) -> None:
+    """Also where a client sends far too much: with central noise it is clipped, and otherwise left out."""
+    pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
+    options = ("--method", "fedavg", "--dp", dp, "--attack", "scale", "--attack-scale", "1e6", "--sampled", "4")
+    options = (*options, "--clients", "4", "--attackers", "0.25")
+    assert train("--run-dir", "one", "--precision", "fp32", "--checkpoint-every", "1", *options, rounds=2) == 0
+    coordinated(configured(*options, rounds=2))
+    assert shared("server") == shared("one", checkpoint.CHECKPOINT)
+    for folder in ("server", "one"):
+        assert [row["dropped"] for row in curves(folder)] == [dropped] * 2
+    assert [row["epsilon"] for row in curves("server")] == [row["epsilon"] for row in curves("one")]
+
+
 def test_nothing_that_is_a_clients_own_is_in_an_answer() -> None:
     config = configured("--method", "fedperfix", rounds=2)
     _, nodes = coordinated(config)
