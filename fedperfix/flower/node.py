@@ -7,6 +7,7 @@ from the same state and finds the same bits. Files of other rounds are removed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from fedperfix.run.files import remove_parts
 from fedperfix.run.slots import available
 from fedperfix.run.tensors import TensorsError, read_tensors, write_tensors
 from fedperfix.train import Federation, assemble, build
+from fedperfix_kernels import ParameterArena
 
 FORMAT = "fedperfix-node"
 SHARED, EXTRA, SERVER = "shared", "extra.", "server."
@@ -65,7 +67,7 @@ class Node:
 
     def describe(self) -> dict[str, Any]:
         """What the server needs to know of this node: no more than sizes and names of classes."""
-        dataset, data = self.federation.dataset, self.federation.worker.data
+        dataset = self.federation.dataset
         shape = {"channels": dataset.inputs.shape[1], "image_hw": list(dataset.inputs.shape[2:])}
         if dataset.is_text:
             shape = {"num_tokens": dataset.num_tokens, "length": dataset.inputs.shape[1]}
@@ -73,7 +75,7 @@ class Node:
             "client": self.client,
             "shape": json.dumps(shape),
             "classes": json.dumps(list(dataset.class_names)),
-            "train": len(data.train[self.client]),
+            **self._marks(),
         }
 
     def train(self, order: Scalars, arrays: Mapping[str, Tensor]) -> Answer:
@@ -100,13 +102,18 @@ class Node:
         update = {SHARED: turns.shared[0], **{f"{EXTRA}{name}": rows[0] for name, rows in turns.extra.items()}}
         loss, correct, images = turns.meters[0].tolist()
         sums = {"train_loss": loss, "train_correct": int(correct), "train_images": int(images)}
-        return update, {"client": self.client, **sums, **_scores(tested)}
+        return update, {"client": self.client, **self._marks(), **sums, **_scores(tested)}
 
     def test(self, order: Scalars, arrays: Mapping[str, Tensor]) -> Answer:
         """Test the client with the global parameters and its own; arguments as in `train`."""
         self._begin(order, arrays)
         worker, state = self.federation.worker, self.federation.state
         return {}, {"client": self.client, **_scores(evaluate(worker, state, [self.client], order["round"]))}
+
+    def _marks(self) -> dict[str, Any]:
+        """What must not change from answer to answer: its training images, and the model that it starts with."""
+        worker = self.federation.worker
+        return {"train": len(worker.data.train[self.client]), "model": model_mark(worker.arena)}
 
     def _begin(self, order: Scalars, arrays: Mapping[str, Tensor]) -> None:
         state, method = self.federation.state, self.federation.worker.method
@@ -146,6 +153,16 @@ class Node:
         if not re.fullmatch("[0-9a-f]{8,64}", str(order["token"])):
             raise NodeError(f"client {self.client}: the order has no token of a run")
         return self.folder / order["token"] / f"client-{self.client}" / f"round-{round:06}.safetensors"
+
+
+def model_mark(arena: ParameterArena) -> str:
+    """A digest of which parameters are shared, of which shapes, and of the values of the frozen ones."""
+    layout = arena.shared_layout
+    digest = hashlib.sha256(repr((layout.names, [tuple(shape) for shape in layout.shapes])).encode())
+    for name, value in sorted(arena.frozen.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _divided(config: TrainConfig) -> Federation:

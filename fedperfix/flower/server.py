@@ -27,7 +27,7 @@ from fedperfix.engine.privacy import epsilon as spent
 from fedperfix.engine.round import RoundResult, sample_clients
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import Server, unpadded
-from fedperfix.flower.node import EXTRA, SCORES, SERVER, SHARED, Answer
+from fedperfix.flower.node import EXTRA, SCORES, SERVER, SHARED, Answer, model_mark
 from fedperfix.methods import method_class
 from fedperfix.methods.aggregators import shares
 from fedperfix.models import create_model, create_text_model
@@ -115,8 +115,6 @@ class Coordinator:
         self.arena = ParameterArena(model, self.method.kept_names(model), self.method.frozen_names(model))
         check_model(config, self.arena)
         self.state = self._start()
-        for client, words in said.items():
-            self.state.sizes[client] = words["train"]
 
     def run(self) -> None:
         """Play the rounds that are left.
@@ -180,6 +178,8 @@ class Coordinator:
             trouble = answer if isinstance(answer, str) else self._trouble(kind, client, *answer)
             if trouble is None:
                 found[client] = answer
+                if kind == "train":
+                    state.sizes[client] = answer[1]["train"]
             else:
                 self.log(f"round {round}: left out client {client} ({kind}): {trouble}")
         return found
@@ -201,7 +201,7 @@ class Coordinator:
         counts = ["client", "test_correct", "test_images"]
         numbers = ["test_loss", "test_auc", "test_f1"]
         if kind == "train":
-            counts += ["train_correct", "train_images"]
+            counts += ["train_correct", "train_images", "train"]
             numbers += ["train_loss"]
         if not all(type(words.get(name)) is int and words[name] >= 0 for name in counts):
             return "its counts are not whole numbers"
@@ -209,6 +209,17 @@ class Coordinator:
             return "its scores are not numbers"
         if words["client"] != client or words["test_images"] == 0:
             return "it is of another client, or has no test images"
+        if kind == "train":
+            return self._foreign(client, words)
+        return None
+
+    def _foreign(self, client: int, words: Mapping[str, Any]) -> str | None:
+        """Whether a client's weight or model is not what it was, or ours."""
+        known = self.state.sizes[client]
+        if words["train"] == 0 or known not in (0, words["train"]):
+            return f"it says that it has {words['train']} training images, after {known}"
+        if words.get("model") != model_mark(self.arena):
+            return "it starts with another model, or other frozen weights"
         return None
 
     def _turns(self, answers: Mapping[int, Answer]) -> Turns:

@@ -129,11 +129,11 @@ def test_a_deployment_that_is_killed_goes_on_to_the_same_bits(
                 log = f"node-key-{client}"
                 if client == 0:
                     until(
-                        lambda: any("Received: train" in there.log(f"node-key-{c}") for c in range(4)),
+                        lambda: any("Receiving: train" in there.log(f"node-key-{c}") for c in range(4)),
                         300,
                         "no order",
                     )
-                if "Received: train" in there.log(log):
+                if "Receiving: train" in there.log(log):
                     kill(nodes[client])
                     for process in app_processes("flwr-clientapp", tmp_path):
                         os.kill(process, signal.SIGKILL)
@@ -141,8 +141,8 @@ def test_a_deployment_that_is_killed_goes_on_to_the_same_bits(
                     break
         else:
             until(lambda: rounds(tmp_path / "server") == 1, 300, "no round")
-            (process,) = app_processes("flwr-serverapp", tmp_path)[:1]
-            os.kill(process, signal.SIGKILL)
+            for process in app_processes("flwr-serverapp", tmp_path):
+                os.kill(process, signal.SIGKILL)
             time.sleep(5)
             there.flwr("run", str(app), "mine", "--run-config", folders(tmp_path), seconds=60)
         until(lambda: rounds(tmp_path / "server") == 3, 500, there.log("link"))

@@ -103,7 +103,7 @@ def test_nothing_that_is_a_clients_own_is_in_an_answer() -> None:
     for kind, _, (arrays, words) in nodes.sent:
         assert set(arrays) == ({"shared"} if kind == "train" else set())
         assert all(value.numel() == own.shared.numel() for value in arrays.values())
-        assert all(type(value) in (int, float) for value in words.values())
+        assert all(type(value) in (int, float) for name, value in words.items() if name != "model")
     kept = [load_file(path)["personal"] for path in Path("nodes").rglob("*.safetensors")]
     sent = b"".join(x.numpy().tobytes() for _, _, (arrays, _) in nodes.sent for x in arrays.values())
     assert kept
@@ -134,6 +134,8 @@ def spoiled(kind: str) -> Change:
             "counts": ({"shared": update}, {**words, "train_images": -1}),
             "text": ({"shared": update}, {**words, "test_loss": "low"}),
             "none": ({"shared": update}, {}),
+            "weight": ({"shared": update}, {**words, "train": 10**6}),
+            "model": ({"shared": update}, {**words, "model": "x"}),
             "other": ({"shared": update}, {**words, "client": 2}),
         }
         return bad[kind]
@@ -155,6 +157,8 @@ KINDS = (
     "text",
     "none",
     "other",
+    "weight",
+    "model",
 )
 
 
@@ -282,6 +286,16 @@ def test_nodes_that_do_not_fit_each_other_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(LocalNodes, "describe", lambda self, clients, seconds: {})
     with pytest.raises(ConfigError, match="nodes: none of 3 clients answered in 1 s; start them first"):
         coordinated(config)
+
+
+def test_a_client_that_was_not_there_at_the_start_counts_by_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured("--method", "fedperfix", "--sampled", "3")
+    coordinated(config, "whole", nodes="whole-nodes")
+    everyone = LocalNodes.describe
+    monkeypatch.setattr(LocalNodes, "describe", lambda *given: {0: everyone(*given)[0]})
+    log, _ = coordinated(config)
+    assert log[0] == "2 of 3 clients are not there: 1, 2"
+    assert shared("server") == shared("whole")
 
 
 def test_a_node_with_data_of_its_own() -> None:
