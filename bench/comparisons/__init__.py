@@ -10,6 +10,7 @@ from bench.comparison import Plan
 from bench.comparisons.aggregation import aggregation_plans
 from bench.comparisons.attention import attention_plans
 from bench.comparisons.round import round_plans
+from bench.comparisons.serving import serving_plans
 from bench.comparisons.step import step_plans
 
 
@@ -19,3 +20,4 @@ def all_plans(device: torch.device) -> Iterator[Plan]:
     yield from aggregation_plans(device)
     yield from step_plans(device)
     yield from round_plans(device)
+    yield from serving_plans(device)
