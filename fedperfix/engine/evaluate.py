@@ -19,7 +19,7 @@ from fedperfix.models.batched import forward_clients
 
 # With `--evaluation auto`, shared batches are for models of which at most this part is each client's own, and on a
 # processor for clients with at most so many test images: there, small batches are no slower than large ones.
-_MOST_OWN, _FEW_IMAGES = 0.34, 16
+_MOST_OWN, _FEW_IMAGES = 0.34, 4
 # Told of the phase, the clients done and how many there are.
 Progress = Callable[[str, int, int], None]
 
