@@ -316,6 +316,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         *_trust(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
         ("aggregation", backend),
+        ("evaluation", "in shared batches" if worker.shared_batches else "one client after the other"),
         ("run folder", str(run.folder)),
     ]
 

@@ -19,7 +19,7 @@ from fedperfix.models.batched import forward_clients
 
 # With `--evaluation auto`, shared batches are for models of which at most this part is each client's own, and on a
 # processor for clients with at most so many test images: there, small batches are no slower than large ones.
-_MOST_OWN, _FEW_IMAGES = 0.34, 16
+_MOST_OWN, _FEW_IMAGES = 0.34, 4
 # Told of the phase, the clients done and how many there are.
 Progress = Callable[[str, int, int], None]
 
@@ -194,19 +194,6 @@ def evaluate_groups(
     worker: Worker, state: FederatedState, groups: Sequence[Sequence[int]], round: int, progress: Progress
 ) -> Evaluation:
     """As `evaluate`, of clients in groups as from `client_groups`, in the order of their numbers."""
-    outputs = _outputs(worker, state, groups, round, progress)
-    clients = sorted(outputs)
-    return Evaluation.of(clients, [outputs[index] for index in clients], worker)
-
-
-def client_outputs(worker: Worker, state: FederatedState, clients: Sequence[int], round: int) -> dict[int, Tensor]:
-    """What the models of clients say of their test images, float32 [n, classes] each; arguments as `evaluate`."""
-    return _outputs(worker, state, client_groups(worker, clients), round, lambda phase, done, total: None)
-
-
-def _outputs(
-    worker: Worker, state: FederatedState, groups: Sequence[Sequence[int]], round: int, progress: Progress
-) -> dict[int, Tensor]:
     outputs: dict[int, Tensor] = {}
     total = sum(map(len, groups))
     for group in groups:
@@ -217,7 +204,8 @@ def _outputs(
             worker.method.prepare_test(client)
             outputs[group[0]] = client.test()
         progress("testing", len(outputs), total)
-    return outputs
+    clients = sorted(outputs)
+    return Evaluation.of(clients, [outputs[index] for index in clients], worker)
 
 
 def client_groups(worker: Worker, clients: Sequence[int]) -> list[tuple[int, ...]]:

@@ -86,8 +86,8 @@ def test_plans_have_unique_names_and_a_baseline(device: str, monkeypatch: pytest
     plans = list(all_plans(torch.device(device)))
     names = [plan.name for plan in plans]
     assert len(set(names)) == len(names)
-    assert {plan.variants[0] for plan in plans} == {"eager", "loop", "passes alone"}
-    assert {name.split()[0] for name in names} == {"attention", "aggregation", "training", "federated"}
+    assert {plan.variants[0] for plan in plans} == {"eager", "loop", "passes alone", "one model"}
+    assert {name.split()[0] for name in names} == {"attention", "aggregation", "training", "federated", "serving"}
 
 
 def small_plans() -> list[Plan]:

@@ -108,6 +108,14 @@ def test_a_run_leaves_its_files_and_says_where(method: str, capsys: pytest.Captu
     assert json.loads((folder / "environment.json").read_text())[0]["torch"] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("shared-batches", "in shared batches"), ("one-by-one", "one client after the other")]
+)
+def test_the_header_says_how_clients_are_tested(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert run("--evaluation", option) == 0
+    assert f"evaluation   {said}\n" in capsys.readouterr().out
+
+
 def test_a_second_run_takes_the_next_free_folder() -> None:
     assert run(rounds=1) == run(rounds=1) == run(rounds=1) == 0
     names = {f"cifar10-fedperfix-seed0{suffix}" for suffix in ("", "-2", "-3")}
