@@ -87,12 +87,14 @@ def measure(clients: int, table: str) -> dict[str, Any]:
         ).validate()
         begin = time.perf_counter()
         if table == "memory":
-            row = build(TrainConfig(**{**vars(config), "personal_table": "disk"})).state.table.row_size
+            row = build(
+                TrainConfig(**{**vars(config), "personal_table": "disk"}), torch.device("cpu")
+            ).state.table.row_size
             if row * clients * _NEEDED > available_memory():
                 return {"clients": clients, "table": table, "skipped": "not enough memory"}
             gc.collect()
             begin = time.perf_counter()
-        federation = build(config)
+        federation = build(config, torch.device("cpu"))
         return _rounds(federation, start(federation), begin)
 
 
