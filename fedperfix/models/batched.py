@@ -118,10 +118,12 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.to(dtype) for x in tensors]
 
 
-@torch.library.custom_op("fedperfix::rows_linear", mutates_args=())
-def _rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _one_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b: [..., C_out] from x [..., C_in]."""
     return _linear(x, weight, bias)
+
+
+_rows_linear = torch.library.custom_op("fedperfix::rows_linear", _one_linear, mutates_args=())
 
 
 @_rows_linear.register_vmap
@@ -141,10 +143,12 @@ def _(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> t
     return out.unflatten(1, x.shape[1:-1]) if x.dim() != 3 else out, 0
 
 
-@torch.library.custom_op("fedperfix::rows_attention", mutates_args=())
-def _rows_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _one_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """softmax(scale · q kᵀ + mask) v: [B, H, N, D]."""
     return _attention(q, k, v, attn_mask=mask, scale=scale).contiguous()
+
+
+_rows_attention = torch.library.custom_op("fedperfix::rows_attention", _one_attention, mutates_args=())
 
 
 @_rows_attention.register_vmap
