@@ -34,10 +34,11 @@ from fedperfix.models import create_model, create_text_model, input_shape
 from fedperfix.models.batched import forward_clients
 from fedperfix.run import checkpoint
 from fedperfix.run.cli import cli
-from fedperfix.run.tensors import TensorsError, read_tensors, write_tensors
+from fedperfix.run.folder import CONFIG
+from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tensors
 
 MODEL, CLIENTS = "model.safetensors", "clients"
-FORMAT = "fedperfix-serving"
+FORMAT = Format("fedperfix-serving")
 
 
 class ServingError(ValueError):
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data-dir", help="where the run's data are now, if they were moved")
     arguments = parser.parse_args(argv)
     moved = [] if arguments.data_dir is None else ["--data-dir", arguments.data_dir]
+    if not (arguments.run / CONFIG).exists():
+        raise ConfigError(f"RUN: got '{arguments.run}', takes the folder of a run")
     config = parse_args(["--resume", str(arguments.run), "--device", "cpu", *moved])
     count = export(config, arguments.run, arguments.target, arguments.clients)
     print(f"written      {arguments.target / MODEL}, and {count:,} clients in {arguments.target / CLIENTS}")

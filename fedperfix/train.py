@@ -214,7 +214,10 @@ def resume(federation: Federation) -> Run:
     config, where = federation.config, Path(federation.config.resume)
     if config.run_dir is not None and Path(config.run_dir) != where:
         raise ConfigError(f"--run-dir: got '{config.run_dir}', but a resumed run goes on in {where}; leave it out")
-    checkpoint.load(where / checkpoint.CHECKPOINT, federation.state, federation.worker.arena, config)
+    try:
+        checkpoint.load(where / checkpoint.CHECKPOINT, federation.state, federation.worker.arena, config)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"--resume: {error}") from error
     finished = federation.state.round
     if config.rounds < finished:
         raise ConfigError(f"--rounds: got {config.rounds}, takes at least the {finished} that the run has finished")

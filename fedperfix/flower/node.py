@@ -28,11 +28,11 @@ from fedperfix.engine.stopwatch import Stopwatch
 from fedperfix.engine.table import CLIENT, PERSONAL
 from fedperfix.run.files import remove_parts
 from fedperfix.run.slots import available
-from fedperfix.run.tensors import TensorsError, read_tensors, write_tensors
+from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tensors
 from fedperfix.train import Federation, assemble, build
 from fedperfix_kernels import ParameterArena
 
-FORMAT = "fedperfix-node"
+FORMAT = Format("fedperfix-node")
 SHARED, EXTRA, SERVER = "shared", "extra.", "server."
 SCORES = ("loss", "correct", "images", "auc", "f1")
 Scalars = Mapping[str, Any]

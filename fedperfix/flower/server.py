@@ -35,10 +35,10 @@ from fedperfix.run import metrics
 from fedperfix.run.checkpoint import config_digest
 from fedperfix.run.files import remove_parts
 from fedperfix.run.metrics import RoundMetrics
-from fedperfix.run.tensors import TensorsError, read_tensors, write_tensors
+from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tensors
 from fedperfix_kernels import ParameterArena
 
-FORMAT, STATE = "fedperfix-flower-server", "server.safetensors"
+FORMAT, STATE = Format("fedperfix-flower-server"), "server.safetensors"
 _KEPT, _SIZES, _GLOBAL = "kept", "sizes", "global."
 Log = Callable[[str], None]
 

@@ -12,30 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedperfix.config import NOT_SAVED, RESUMABLE, TrainConfig
 from fedperfix.engine.state import FederatedState
 from fedperfix.engine.table import PERSONAL, DiskTable, MemoryTable, named_row
 from fedperfix.methods.custom import short_name
-from fedperfix.run.files import replacing, sync_folder
+from fedperfix.run.files import sync_folder
 from fedperfix.run.slots import TABLE, SlotFile, TableError
+from fedperfix.run.tensors import Format, TensorsError, VersionError, checksum, opened, read_tensors, write_tensors
 from fedperfix_kernels import ParameterArena
 
 CHECKPOINT = "checkpoint.safetensors"
-FORMAT = "fedperfix-checkpoint"
-VERSION = "1"
+FORMAT = Format("fedperfix-checkpoint", version=2)
 
 
 class CheckpointError(ValueError):
@@ -50,24 +45,14 @@ def save(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     """
     table = state.table if isinstance(state.table, DiskTable) else None
     seal = {"table": table.seal(path.parent, state.round)} if table else {}  # safely on disk before the checkpoint
-    tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in _named(state, arena)}
+    tensors = {name: value.to("cpu", copy=True) for name, value in _named(state, arena)}
     metadata = {
-        "format": FORMAT,
-        "version": VERSION,
         "round": str(state.round),
         "config": config_digest(config),
         "frozen": _frozen_checksum(arena),
-        "checksum": _checksum(tensors),
         **seal,
     }
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # the library wraps the system's error in text
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    write_tensors(FORMAT, path, tensors, metadata)
     if table:
         sync_folder(path.parent)  # the rows of the older checkpoint are free to be overwritten from here on
         table.checkpointed(state.round)
@@ -85,18 +70,12 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     Raises:
         CheckpointError: no such file, not a checkpoint, one of another version or configuration, or a damaged one.
     """
-    metadata, tensors = _read(path)
-    _check_format(path, metadata)
-    if metadata.get("checksum") != _checksum(tensors):
-        raise CheckpointError(f"--resume: '{path}' is damaged: its content does not match its checksum")
+    with _checked(path):
+        tensors, metadata = read_tensors(FORMAT, path)
     if metadata.get("config") != config_digest(config):
-        raise CheckpointError(
-            f"--resume: '{path}' was made with another configuration than the folder's config.toml"
-        )
+        raise CheckpointError(f"'{path}' was made with another configuration than the folder's config.toml")
     if arena.frozen and metadata.get("frozen") != _frozen_checksum(arena):
-        raise CheckpointError(
-            f"--resume: '{path}' was made with another frozen backbone than the model starts with"
-        )
+        raise CheckpointError(f"'{path}' was made with another frozen backbone than the model starts with")
     _check_table(path, state, metadata.get("table"))
     places = dict(_named(state, arena))
     wrong = sorted(
@@ -107,7 +86,7 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
         or (places[name].shape, places[name].dtype) != (tensors[name].shape, tensors[name].dtype)
     )
     if wrong:
-        raise CheckpointError(f"--resume: '{path}' does not fit this model and method ({wrong[0]} differs)")
+        raise CheckpointError(f"'{path}' does not fit this model and method ({wrong[0]} differs)")
     if isinstance(state.table, DiskTable):
         _open_table(path, state.table, int(metadata["round"]), metadata["table"])
     for name, place in places.items():
@@ -115,24 +94,14 @@ def load(path: Path, state: FederatedState, arena: ParameterArena, config: Train
     state.round = int(metadata["round"])
 
 
-def _check_format(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"--resume: '{path}' is not a checkpoint of this program")
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"--resume: '{path}' has checkpoint version {metadata.get('version')}, this program reads {VERSION}; "
-            "use the version of fedperfix that wrote it"
-        )
-
-
 def _check_table(path: Path, state: FederatedState, seal: str | None) -> None:
     """Whether checkpoint and state have the clients' rows in the same place."""
     if seal is not None and isinstance(state.table, MemoryTable):
         table = path.parent / TABLE
         missing = "" if table.exists() else ", which is missing"
-        raise CheckpointError(f"--resume: '{path}' has its clients' rows on disk, in '{table}'{missing}")
+        raise CheckpointError(f"'{path}' has its clients' rows on disk, in '{table}'{missing}")
     if seal is None and isinstance(state.table, DiskTable):
-        raise CheckpointError(f"--resume: '{path}' has its clients' rows in itself; leave --personal-table out")
+        raise CheckpointError(f"'{path}' has its clients' rows in itself; leave --personal-table out")
 
 
 def _open_table(path: Path, table: DiskTable, round: int, seal: str) -> None:
@@ -140,7 +109,7 @@ def _open_table(path: Path, table: DiskTable, round: int, seal: str) -> None:
     try:
         table.open(path.parent, round, seal)
     except TableError as error:
-        raise CheckpointError(f"--resume: {error}") from error
+        raise CheckpointError(f"{error}") from error
 
 
 def read_global(folder: Path) -> tuple[int, dict[str, Tensor]]:
@@ -150,10 +119,8 @@ def read_global(folder: Path) -> tuple[int, dict[str, Tensor]]:
         CheckpointError: no such file, not a checkpoint, one of another version, or a damaged one.
     """
     path = folder / CHECKPOINT
-    metadata, tensors = _read(path)
-    _check_format(path, metadata)
-    if metadata.get("checksum") != _checksum(tensors):
-        raise CheckpointError(f"--resume: '{path}' is damaged: its content does not match its checksum")
+    with _checked(path):
+        tensors, metadata = read_tensors(FORMAT, path)
     found = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
     return int(metadata["round"]), found
 
@@ -172,9 +139,7 @@ def read_client(folder: Path, client: int) -> dict[str, Tensor]:
         CheckpointError: a checkpoint or a table that cannot be used, or no such client.
     """
     path = folder / CHECKPOINT
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        _check_format(path, metadata)
+    with _checked(path), opened(FORMAT, path) as (file, metadata):
         if "table" not in metadata:
             return _rows_of(file, path, client)
     try:
@@ -218,22 +183,17 @@ def config_digest(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with _opened(path) as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The safetensors file at `path`; what goes wrong in the block is a `CheckpointError`."""
+def _checked(path: Path) -> Iterator[None]:
+    """What is wrong with the file, found in the block, is a `CheckpointError`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"--resume: there is no checkpoint '{path}'") from error
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"--resume: '{path}' is damaged or is not a checkpoint ({reason})") from error
+        raise CheckpointError(f"there is no checkpoint '{path}'") from error
+    except VersionError as error:
+        raise CheckpointError(f"{error}; use the version of fedperfix that wrote it") from error
+    except TensorsError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _named(state: FederatedState, arena: ParameterArena) -> Iterator[tuple[str, Tensor]]:
@@ -251,12 +211,4 @@ def _named(state: FederatedState, arena: ParameterArena) -> Iterator[tuple[str, 
 
 
 def _frozen_checksum(arena: ParameterArena) -> str:
-    return _checksum({name: value.detach().cpu() for name, value in arena.frozen.items()})
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return checksum({name: value.detach().cpu() for name, value in arena.frozen.items()}, {})

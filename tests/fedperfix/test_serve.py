@@ -93,7 +93,7 @@ def test_some_clients_can_be_exported_without_the_data_of_others() -> None:
 def test_a_run_that_cannot_be_served_is_refused(capsys: pytest.CaptureFixture) -> None:
     trained("--method", "ditto")
     assert "as --method ditto makes each client's model in a way of its own" in refused(capsys, "run", "out")
-    assert refused(capsys, "nowhere", "out").startswith("--resume: got 'nowhere', takes the folder of a run")
+    assert refused(capsys, "nowhere", "out").startswith("RUN: got 'nowhere', takes the folder of a run")
     assert "--clients: got 3, takes numbers from 0 to 2" in refused(capsys, "run", "out", "--clients", "3")
     Path("there").mkdir()
     assert refused(capsys, "run", "there") == "DIR: 'there' exists; takes the name of a new folder"

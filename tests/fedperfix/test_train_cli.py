@@ -211,7 +211,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_folder_as_it_was(capsys: pyte
     capsys.readouterr()
     assert "was made with another configuration" in refused(capsys, main(["--resume", "a", "--rounds", "3"]))
     Path("a/checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    assert "is damaged or is not a checkpoint" in refused(capsys, main(["--resume", "a"]))
+    damaged = "--resume: 'a/checkpoint.safetensors' is damaged or no safetensors file"
+    assert damaged in refused(capsys, main(["--resume", "a"]))
     Path("a/checkpoint.safetensors").write_bytes(before["checkpoint.safetensors"])
     assert {name: Path("a", name).read_bytes() for name in os.listdir("a")} == before
 
