@@ -25,6 +25,7 @@ from fedperfix.engine.device import device_name
 from fedperfix.engine.distributed import share_state
 from fedperfix.engine.evaluate import shared_batches
 from fedperfix.engine.group import ALONE, Group, ProcessLost, join
+from fedperfix.engine.parallel import add_workers, parallel_clients
 from fedperfix.engine.privacy import check_model
 from fedperfix.engine.round import run_round
 from fedperfix.engine.stacked import clients_per_step
@@ -96,6 +97,8 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
         worker.clients_per_step = clients_per_step(worker, federation.state)
         worker.shared_batches = shared_batches(worker)
     worker.clients_per_step = int(group.share_text(str(worker.clients_per_step)))
+    with group.together():
+        add_workers(worker, parallel_clients(worker, lambda: _forward_flops(federation)))
     run = Run(Path(), [])
     with group.together():
         if group.leader:
@@ -171,6 +174,11 @@ def assemble(
     table = _personal_table(config, group)
     state = FederatedState.initial(worker.arena, method, config.clients, backend, table)
     return Federation(config, worker, state, dataset, partition, group)
+
+
+def _forward_flops(federation: Federation) -> int:
+    """Those of one image or text."""
+    return count_costs(federation.config, federation.dataset).flops_forward_per_image
 
 
 def _personal_table(config: TrainConfig, group: Group) -> str:
@@ -314,7 +322,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
             f"{config.optimizer} {config.lr:g}, seed {config.seed}{together}",
         ),
         *_table(federation),
-        ("device", f"{device_name(worker.device)}, {precision}"),
+        ("device", f"{device_name(worker.device)}, {precision}{_side_by_side(worker)}"),
         *_processes(federation),
         *_trust(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
@@ -322,6 +330,11 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         ("evaluation", "in shared batches" if worker.shared_batches else "one client after the other"),
         ("run folder", str(run.folder)),
     ]
+
+
+def _side_by_side(worker: Worker) -> str:
+    """How many clients train at a time, if there are several."""
+    return f", {1 + len(worker.beside)} clients at a time" if worker.beside else ""
 
 
 def _processes(federation: Federation) -> list[tuple[str, str]]:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bench.peers.contestant import Turns
 from bench.peers.work import SIDE, Work
+from fedperfix.costs import count_flops
 from fedperfix.data import Preprocess
 from fedperfix.engine.client import Worker
+from fedperfix.engine.parallel import add_workers, parallel_clients
 from fedperfix.engine.round import run_round
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import METHODS
@@ -23,6 +25,8 @@ def play(work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
     parts = {name: tuple(x.to(device) for x in getattr(data, name)) for name in ("train", "test")}
     method = METHODS[work.method](config)
     worker = Worker(work.new_model(), replace(data, **on_device, **parts), Preprocess(SIDE), method, config, device)
+    pixels = torch.zeros(1, 3, SIDE, SIDE)
+    add_workers(worker, parallel_clients(worker, lambda: count_flops(work.new_model(), pixels)[0]))
     state = FederatedState.initial(worker.arena, method, work.clients, "auto")
     for _ in range(rounds):
         turns.begin()

@@ -32,6 +32,7 @@ RESUMABLE = (
     "checkpoint_every",
     "tensorboard",
     "process_timeout",
+    "parallel_clients",
 )
 # A saved configuration describes the experiment, not the folder that it was run in.
 NOT_SAVED = ("run_dir", "resume")
@@ -348,6 +349,12 @@ class TrainConfig:
         "Training",
         "how many clients train in one batch: a number, or auto: the fastest on a GPU, 1 on a processor",
     )
+    parallel_clients: str = _option(
+        "auto",
+        "Training",
+        "how many clients train at the same time on a processor, each on its part of the cores: a number, or auto: "
+        "one per core where a step is too short to be divided",
+    )
     device: str = _option("auto", "Training", "auto, cpu, cuda, cuda:N or mps")
     reduction: str = _option(
         "exact",
@@ -476,16 +483,16 @@ class TrainConfig:
             raise ConfigError(
                 f"--freeze-backbone: takes another method than {self.method}, which trains the backbone"
             )
-        if self.clients_per_step != "auto":
-            self._validate_clients_per_step()
+        for name in ("clients_per_step", "parallel_clients"):
+            self._validate_number_of_clients(name)
         self._validate_aggregation()
         return self
 
-    def _validate_clients_per_step(self) -> None:
-        number = int(self.clients_per_step) if self.clients_per_step.isdecimal() else 0
-        if not 1 <= number <= self.sampled:
-            takes = f"auto, or a number from 1 to --sampled, which is {self.sampled}"
-            raise _wrong("clients_per_step", self.clients_per_step, takes)
+    def _validate_number_of_clients(self, name: str) -> None:
+        value = getattr(self, name)
+        number = int(value) if value.isdecimal() else 0
+        if value != "auto" and not 1 <= number <= self.sampled:
+            raise _wrong(name, value, f"auto, or a number from 1 to --sampled, which is {self.sampled}")
 
     def _validate_aggregation(self) -> None:
         from fedperfix.engine import attack, privacy

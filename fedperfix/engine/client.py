@@ -42,6 +42,7 @@ class Worker:
         arena: the flat buffer, shared parameters before local ones, with flat gradients.
         clients_per_step: how many train in one batch; `engine.stacked` chooses.
         shared_batches: whether clients are tested in shared batches; `engine.evaluate` chooses.
+        beside: workers on which other clients take their turns at the same time; `engine.parallel` chooses.
         eager_in_training: timm's attention layers that are fused in tests only.
         poll: called before every batch; what it raises ends the turn.
     """
@@ -74,6 +75,7 @@ class Worker:
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
         self.clients_per_step = 1
         self.shared_batches = False
+        self.beside: tuple[Worker, ...] = ()
         self.poll: Callable[[], None] = lambda: None
 
     def load(self, index: int, state: FederatedState, round: int) -> Client:
@@ -99,7 +101,13 @@ class Worker:
         for attention in self.eager_in_training:
             attention.fused_attn = not self.model.training
         with (
-            torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None),
+            # PyTorch has one cache of casts for all threads, which each of them empties.
+            torch.autocast(
+                self.device.type,
+                dtype=self.dtype,
+                enabled=self.dtype is not None,
+                cache_enabled=self.device.type != "cpu",
+            ),
             _testing(self._batch_norms if single else []),
         ):
             output = model(pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fedperfix.engine.attack import attackers, falsify
 from fedperfix.engine.client import Client, Worker
 from fedperfix.engine.evaluate import Progress
+from fedperfix.engine.parallel import side_by_side
 from fedperfix.engine.privacy import randomise
 from fedperfix.engine.stacked import train_stacked
 from fedperfix.engine.state import FederatedState, Uploads
@@ -63,7 +65,8 @@ def train_cohort(
     """Let clients train, each from the global parameters and its own, and test each after its training.
 
     Args:
-        worker: where the clients take their turns, one after the other or `worker.clients_per_step` together.
+        worker: where the clients take their turns, `worker.clients_per_step` of them in one batch; on the workers
+            beside it others do at the same time.
         state: of the federation; nothing in it changes.
         clients: who trains.
         round: for the random choices.
@@ -77,21 +80,33 @@ def train_cohort(
     meters = arena.flat.new_empty((len(clients), 3), dtype=torch.float32)
     outputs: list[Tensor] = [meters] * len(clients)
     liars = attackers(worker.config)
-    trained = _trained(worker, state, clients, round)
-    for finished in range(1, len(clients) + 1):
-        with watch.phase("train"):
-            row, client = next(trained)
-            rows[row] = arena.flat
-            _send(rows[row, : arena.shared.numel()], state.server.shared, worker, client, liars)
-            for name, value in client.upload.items():
-                extra[name][row] = value
-            for name, value in client.state.items():
-                own[name][row] = value
-            meters[row] = client.meter
-        with watch.phase("evaluate"):
-            method.prepare_test(client)
-            outputs[row] = client.test()
-        progress("training", finished, len(clients))
+    turns: list[Stopwatch] = []
+
+    def play(worker: Worker, together: list[int]) -> Stopwatch:
+        turn = Stopwatch(worker.device)
+        trained = _trained(worker, state, [clients[row] for row in together], round)
+        for row in together:
+            with turn.phase("train"):
+                client = next(trained)
+                rows[row] = worker.arena.flat
+                _send(rows[row, : arena.shared.numel()], state.server.shared, worker, client, liars)
+                for name, value in client.upload.items():
+                    extra[name][row] = value
+                for name, value in client.state.items():
+                    own[name][row] = value
+                meters[row] = client.meter
+            with turn.phase("evaluate"):
+                worker.method.prepare_test(client)
+                outputs[row] = client.test()
+        return turn
+
+    def played(turn: Stopwatch) -> None:
+        turns.append(turn)
+        progress("training", min(len(turns) * worker.clients_per_step, len(clients)), len(clients))
+
+    start = time.perf_counter()
+    side_by_side(worker, _batches_of_clients(worker, clients), play, played)
+    watch.add(turns, time.perf_counter() - start)
     return Turns(tuple(clients), rows, extra, own, meters, outputs, arena.shared.numel())
 
 
@@ -103,24 +118,28 @@ def _send(upload: Tensor, start: Tensor, worker: Worker, client: Client, liars: 
         falsify(upload, start, worker.config, client.index, client.round)
 
 
-def _trained(
-    worker: Worker, state: FederatedState, clients: Sequence[int], round: int
-) -> Iterator[tuple[int, Client]]:
-    """Each client after its training, and its place in `clients`; what it left lies in the arena until the next."""
-    if worker.clients_per_step == 1:
-        for row, index in enumerate(clients):
-            client = worker.load(index, state, round)
-            worker.method.train_client(client)
-            yield row, client
-        return
-    # Clients of like size train together, so that none leaves the others early.
+def _batches_of_clients(worker: Worker, clients: Sequence[int]) -> list[list[int]]:
+    """Places in `clients` of those who train in one batch, the clients with the most images first.
+
+    Clients of like size train together, so that none leaves the others early; and of turns that are taken side by
+    side the last ones are short, so that no worker waits long.
+    """
+    size = worker.clients_per_step
     order = sorted(range(len(clients)), key=lambda row: len(worker.data.train[clients[row]]), reverse=True)
-    for first in range(0, len(order), worker.clients_per_step):
-        together = order[first : first + worker.clients_per_step]
-        turns, results = train_stacked(worker, state, [clients[row] for row in together], round)
-        for row, client, result in zip(together, turns, results, strict=True):
-            worker.arena.flat.copy_(result)
-            yield row, client
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _trained(worker: Worker, state: FederatedState, clients: Sequence[int], round: int) -> Iterator[Client]:
+    """Each client after its training, alone or all in one batch; what it left is in the arena until the next."""
+    if len(clients) == 1:
+        client = worker.load(clients[0], state, round)
+        worker.method.train_client(client)
+        yield client
+        return
+    turns, results = train_stacked(worker, state, clients, round)
+    for client, result in zip(turns, results, strict=True):
+        worker.arena.flat.copy_(result)
+        yield client
 
 
 def _rows_like(value: Tensor, count: int) -> Tensor:

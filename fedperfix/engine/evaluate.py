@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedperfix.config import ConfigError
 from fedperfix.engine.client import TEST_BATCH, Worker
+from fedperfix.engine.parallel import side_by_side
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import Method
 from fedperfix.models.batched import forward_clients
@@ -178,7 +179,7 @@ def evaluate(
     """Test clients with the global parameters and their own, as they are in `state`; nothing in it changes.
 
     Args:
-        worker: where the clients take their turns.
+        worker: where the clients take their turns, at the same time on the workers beside it.
         state: of the federation.
         clients: who is tested.
         round: for the random choices of methods that adapt before they test.
@@ -196,14 +197,19 @@ def evaluate_groups(
     """As `evaluate`, of clients in groups as from `client_groups`, in the order of their numbers."""
     outputs: dict[int, Tensor] = {}
     total = sum(map(len, groups))
-    for group in groups:
+
+    def test(worker: Worker, group: Sequence[int]) -> dict[int, Tensor]:
         if worker.shared_batches:
-            outputs |= _test_together(worker, state, group)
-        else:
-            client = worker.load(group[0], state, round)
-            worker.method.prepare_test(client)
-            outputs[group[0]] = client.test()
+            return _test_together(worker, state, group)
+        client = worker.load(group[0], state, round)
+        worker.method.prepare_test(client)
+        return {group[0]: client.test()}
+
+    def tested(found: dict[int, Tensor]) -> None:
+        outputs.update(found)
         progress("testing", len(outputs), total)
+
+    side_by_side(worker, groups, test, tested)
     clients = sorted(outputs)
     return Evaluation.of(clients, [outputs[index] for index in clients], worker)
 

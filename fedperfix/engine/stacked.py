@@ -42,8 +42,13 @@ def obstacle(worker: Worker) -> str | None:
         return "--precision fp16 scales the loss of every client by itself"
     if worker.arena.statistics.start < worker.arena.statistics.stop:
         return f"--model {worker.config.model} has batch statistics, which are one client's"
-    drawn = next((name for name, module in model.named_modules() if _is_random(module)), None)
+    drawn = random_module(model)
     return None if drawn is None else f"the model draws random numbers in '{drawn}'"
+
+
+def random_module(model: nn.Module) -> str | None:
+    """The name of a module that draws random numbers in training; None if there is none."""
+    return next((name for name, module in model.named_modules() if _is_random(module)), None)
 
 
 def clients_per_step(worker: Worker, state: FederatedState) -> int:

@@ -12,7 +12,7 @@ from fedperfix.methods import Method, method_class
 # Options about one process that plays all clients. They keep their defaults.
 _NOT_HERE = (
     "run_dir", "resume", "tensorboard", "reduction", "process_timeout", "personal_table", "clients_per_step",
-    "evaluation", "eval_clients", "checkpoint_every",
+    "parallel_clients", "evaluation", "eval_clients", "checkpoint_every",
 )  # fmt: skip
 _PREFIX = "flower_"
 
