@@ -14,6 +14,7 @@ from bench.comparison import Comparison, Plan, Results
 from fedperfix.config import TrainConfig
 from fedperfix.data import FederatedData, Preprocess
 from fedperfix.engine.client import TEST_BATCH, Worker
+from fedperfix.engine.parallel import add_workers, side_by_side
 from fedperfix.engine.round import run_round, sample_clients
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import method_class
@@ -27,18 +28,25 @@ _TRAIN, _TEST = 64, 16  # images of a client: whole batches
 
 
 def round_plans(device: torch.device) -> Iterator[Plan]:
-    """One round of 8 clients of 64, without a test of all clients."""
+    """One round of 8 clients of 64, without a test of all clients: one at a time, and on a processor several."""
     config = replace(_CONFIG, device=device.type)
     title = f"federated round, float32, vit-mini {_SIZE} px, {config.sampled} of {config.clients} clients"
     yield Plan(title, (PASSES, ROUND), partial(_comparison, title, config, device))
+    most = min(torch.get_num_threads(), config.sampled)
+    if device.type == "cpu" and most > 1:
+        title = f"{title}, {most} at a time"
+        yield Plan(title, (PASSES, ROUND), partial(_comparison, title, config, device, most))
 
 
-def _comparison(title: str, config: TrainConfig, device: torch.device) -> Comparison:
+def _comparison(title: str, config: TrainConfig, device: torch.device, at_a_time: int = 1) -> Comparison:
     worker, state = federation(config, device)
+    add_workers(worker, at_a_time)
     clients = sample_clients(config, round=1)
 
     def passes(_: int) -> Results:
-        return (_training_loss(worker, clients, torch.float32),)
+        losses: list[Tensor] = []
+        side_by_side(worker, clients, lambda one, client: _training_loss(one, client, torch.float32), losses.append)
+        return (torch.stack(losses).mean(),)
 
     def whole_round(_: int) -> Results:
         state.round = 0  # the same clients and batches in every call
@@ -48,7 +56,8 @@ def _comparison(title: str, config: TrainConfig, device: torch.device) -> Compar
     def exact() -> Results:
         other, _ = federation(replace(config, fused=False), torch.device("cpu"))
         with torch.no_grad():
-            return (_training_loss(other, clients, torch.float64),)
+            losses = [_training_loss(other, client, torch.float64) for client in clients]
+        return (torch.stack(losses).mean(),)
 
     images = config.sampled * _TRAIN
     return Comparison(
@@ -60,7 +69,13 @@ def _comparison(title: str, config: TrainConfig, device: torch.device) -> Compar
         unit="images",
         dtype=torch.float32,
         capturable=False,
-        settings={"model": config.model, "image_size": _SIZE, "clients": config.clients, "sampled": config.sampled},
+        settings={
+            "model": config.model,
+            "image_size": _SIZE,
+            "clients": config.clients,
+            "sampled": config.sampled,
+            "at_a_time": at_a_time,
+        },
     )
 
 
@@ -85,17 +100,16 @@ def federation(config: TrainConfig, device: torch.device) -> tuple[Worker, Feder
     return worker, FederatedState.initial(worker.arena, method, config.clients, backend)
 
 
-def _training_loss(worker: Worker, clients: list[int], dtype: torch.dtype) -> Tensor:
-    """Mean loss over these clients' training images, with gradients if they are on; their test images pass too."""
+def _training_loss(worker: Worker, client: int, dtype: torch.dtype) -> Tensor:
+    """Mean loss over a client's training images, with gradients if they are on; its test images pass too."""
     model, data = worker.model.to(dtype), worker.data
     total = torch.zeros((), dtype=torch.float64)
-    for client in clients:
-        for batch in data.train[client].split(worker.config.batch_size):
-            loss = F.cross_entropy(model(worker.preprocess(data.inputs[batch]).to(dtype)), data.labels[batch])
-            if torch.is_grad_enabled():
-                loss.backward()
-            total += loss.detach().double().cpu() * len(batch)
-        with torch.no_grad():
-            for batch in data.test[client].split(TEST_BATCH):
-                model(worker.preprocess(data.inputs[batch]).to(dtype))
-    return total / (len(clients) * _TRAIN)
+    for batch in data.train[client].split(worker.config.batch_size):
+        loss = F.cross_entropy(model(worker.preprocess(data.inputs[batch]).to(dtype)), data.labels[batch])
+        if torch.is_grad_enabled():
+            loss.backward()
+        total += loss.detach().double().cpu() * len(batch)
+    with torch.no_grad():
+        for batch in data.test[client].split(TEST_BATCH):
+            model(worker.preprocess(data.inputs[batch]).to(dtype))
+    return total / _TRAIN
