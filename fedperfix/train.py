@@ -27,7 +27,7 @@ from fedperfix.engine.evaluate import shared_batches
 from fedperfix.engine.group import ALONE, Group, ProcessLost, join
 from fedperfix.engine.parallel import add_workers, parallel_clients
 from fedperfix.engine.privacy import check_model
-from fedperfix.engine.round import run_round
+from fedperfix.engine.round import RoundResult, run_round
 from fedperfix.engine.stacked import clients_per_step
 from fedperfix.engine.state import FederatedState
 from fedperfix.engine.table import DiskTable
@@ -103,7 +103,7 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
     with group.together():
         if group.leader:
             run = resume(federation) if config.resume else start(federation)
-    share_state(group, federation.state)
+    share_state(group, federation.state, run.folder)
     if group.leader:
         header(console, describe(federation, run))
     code = play(federation, run, console)
@@ -172,7 +172,7 @@ def assemble(
     check_model(config, worker.arena)
     backend = "auto" if config.fused else "reference"
     table = _personal_table(config, group)
-    state = FederatedState.initial(worker.arena, method, config.clients, backend, table)
+    state = FederatedState.initial(worker.arena, method, config.clients, backend, table, group)
     return Federation(config, worker, state, dataset, partition, group)
 
 
@@ -182,19 +182,19 @@ def _forward_flops(federation: Federation) -> int:
 
 
 def _personal_table(config: TrainConfig, group: Group) -> str:
-    """Where the clients' rows lie; a resumed run leaves them where they are, and several processes have them all.
+    """Where the clients' rows lie; a resumed run leaves them where they are, and several hosts have them all.
 
     Raises:
-        ConfigError: they lie on disk, and the run has several processes.
+        ConfigError: they lie on disk, and the run has several hosts.
     """
     wanted = config.personal_table
     if wanted == "auto" and config.resume is not None:
         wanted = "disk" if (Path(config.resume) / TABLE).exists() else "memory"
-    if group.size == 1:
+    if group.local_size == group.size:
         return wanted
     if wanted == "disk":
         raise ConfigError(
-            f"--personal-table: got disk, takes memory with {group.size} processes; start one process"
+            "--personal-table: got disk, takes memory with several hosts; start all processes on one host"
         )
     return "memory"
 
@@ -266,32 +266,37 @@ def _rounds(federation: Federation, run: Run, console: Console) -> Interrupted |
         clock = time.perf_counter()
         try:
             while state.round < config.rounds:
-                with group.together():
-                    worker.poll()
                 last = state.round + 1 == config.rounds
                 due = last or (state.round + 1) % config.eval_every == 0
                 result = run_round(worker, state, config, evaluate_all=due, progress=screen.client, group=group)
+                saves = last or state.round % config.checkpoint_every == 0
                 with group.together():
-                    if log is None:
-                        continue
-                    now = time.perf_counter()
-                    record = RoundMetrics.of(result, now - clock)
-                    clock = now
-                    metrics.append(run.folder, record)
-                    run.rounds.append(record)
-                    tested = result.personalised or result.mixed
-                    if tested:
-                        metrics.write_clients(run.folder, tested, worker.data)
-                    if last or state.round % config.checkpoint_every == 0:
-                        checkpoint.save(file, state, worker.arena, config)
-                        saved = state.round
-                    log(record)
-                    screen.round(record)
+                    if log is not None:  # in process 0
+                        now = time.perf_counter()
+                        record = RoundMetrics.of(result, now - clock)
+                        clock = now
+                        _note(federation, run, result, record)
+                        if saves:
+                            checkpoint.save(file, state, worker.arena, config)
+                        log(record)
+                        screen.round(record)
+                if saves:
+                    saved = state.round
+                    state.table.checkpointed(saved)
         except (Interrupted, ProcessLost) as error:
             if group.leader and saved < state.round:
                 checkpoint.save(file, state, worker.arena, config)
             return error
     return None
+
+
+def _note(federation: Federation, run: Run, result: RoundResult, record: RoundMetrics) -> None:
+    """Write a round's figures into the run's folder."""
+    metrics.append(run.folder, record)
+    run.rounds.append(record)
+    tested = result.personalised or result.mixed
+    if tested:
+        metrics.write_clients(run.folder, tested, federation.worker.data)
 
 
 def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:

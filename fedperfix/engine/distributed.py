@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fedperfix.engine.group import Group, Spread
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import FederatedState
 from fedperfix.engine.stopwatch import Stopwatch
+from fedperfix.engine.table import DiskTable
 
 _COLUMNS = ("loss", "correct", "images", "auc", "f1")
 
@@ -142,17 +144,35 @@ def _partial_sum(turns: Turns, share: Mapping[int, float]) -> Tensor:
     return total
 
 
-def share_state(group: Group, state: FederatedState) -> None:
-    """Give all processes the state that process 0 has."""
+def share_state(group: Group, state: FederatedState, folder: Path) -> None:
+    """Give all processes the state that process 0 has; rows on disk they read themselves, from the run's folder."""
     if group.size == 1:
         return
     round = torch.tensor([state.round])
     group.broadcast([round])
     state.round = int(round)
-    for tensor in state.tensors().values():
+    tensors = state.server_tensors()
+    if isinstance(state.table, DiskTable):
+        _open_in_all(group, state.table, folder, state.round)
+    else:
+        tensors |= state.table.columns
+    for tensor in tensors.values():
         host = tensor.cpu()  # whether a table lies on the GPU is each process's own choice
         group.broadcast([host])
         tensor.copy_(host)
+
+
+def _open_in_all(group: Group, table: DiskTable, folder: Path, round: int) -> None:
+    """Let the other processes read the file of rows that process 0 has open."""
+    where = group.share_text(str(folder.absolute()))
+    seal = ""
+    with group.together():
+        if group.leader:
+            seal = table.seal(folder, round)
+    seal = group.share_text(seal)
+    with group.together():
+        if table.follows:
+            table.open(Path(where), round, seal)
 
 
 def _share_kept(group: Group, turns: Turns, spread: Spread) -> Turns:

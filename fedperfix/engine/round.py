@@ -81,9 +81,14 @@ def run_round(
         progress: told after every client's turn: the phase, how many clients are done, and of how many.
         group: the processes among which the clients are spread; all of them call this with the same state.
 
+    Raises:
+        Interrupted: the run was asked to end.
+
     Returns:
         What happened, the same in all processes but for the seconds, which are this process's.
     """
+    with group.together():  # what process 0 wrote in the last round is there, for the others to read
+        worker.poll()
     round = state.round + 1
     method, arena, watch = worker.method, worker.arena, Stopwatch(worker.device)
     sampled = sample_clients(config, round)

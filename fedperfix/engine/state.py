@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedperfix.engine.group import ALONE, Group
 from fedperfix.engine.table import CLIENT, PERSONAL, ClientTable, Column, make_table
 from fedperfix.methods import Method
 from fedperfix_kernels import BlockLayout, ParameterArena
@@ -74,7 +75,13 @@ class FederatedState:
 
     @classmethod
     def initial(
-        cls, arena: ParameterArena, method: Method, clients: int, backend: str, table: str = "memory"
+        cls,
+        arena: ParameterArena,
+        method: Method,
+        clients: int,
+        backend: str,
+        table: str = "memory",
+        group: Group = ALONE,
     ) -> FederatedState:
         """The state before the first round: every client starts from the parameters that lie in `arena`.
 
@@ -84,12 +91,13 @@ class FederatedState:
             clients: how many there are.
             backend: for `fedperfix_kernels.aggregate`.
             table: where the clients' rows lie: `auto`, `memory` or `disk`.
+            group: the processes of the run.
         """
         parameters = min(arena.statistics.start, arena.shared.numel())
         server = Server(arena.shared.clone(), arena.shared_layout, method.server_state(arena), backend, parameters)
         own = {f"{CLIENT}{name}": value.detach() for name, value in method.client_state(arena).items()}
         start = {PERSONAL: arena.local, **own}
-        return cls(server, make_table(table, start, clients, arena.local_layout, arena.flat.device))
+        return cls(server, make_table(table, start, clients, arena.local_layout, arena.flat.device, group))
 
     @property
     def personal(self) -> Tensor | Column:
@@ -104,11 +112,12 @@ class FederatedState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name, as it lies in memory; rows on disk are read."""
-        return {
-            "shared": self.server.shared,
-            **{f"server.{name}": value for name, value in self.server.state.items()},
-            **{name: column[:] for name, column in self.table.columns.items()},
-        }
+        return {**self.server_tensors(), **{name: column[:] for name, column in self.table.columns.items()}}
+
+    def server_tensors(self) -> dict[str, Tensor]:
+        """Those of the server's side."""
+        own = {f"server.{name}": value for name, value in self.server.state.items()}
+        return {"shared": self.server.shared, **own}
 
     def keep(self, clients: Sequence[int], local: Tensor, own: Mapping[str, Tensor]) -> None:
         """Write what clients keep after a round into their rows of the table.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedperfix.config import ConfigError
+from fedperfix.engine.group import ALONE, Group
 from fedperfix.run.slots import TABLE, SlotFile, TableError, available
 from fedperfix_kernels import BlockLayout
 
@@ -54,6 +55,9 @@ class ClientTable(ABC):
     @abstractmethod
     def undo(self) -> None:
         """Forget what was written since the last `commit`."""
+
+    def checkpointed(self, round: int) -> None:  # noqa: B027  (a table in memory has nothing to do)
+        """A checkpoint of this round is safely on disk."""
 
 
 class MemoryTable(ClientTable):
@@ -117,10 +121,14 @@ class DiskTable(ClientTable):
         start: every client's first row, by column.
         clients: how many there are.
         layout: of the column `PERSONAL`, for those who read the file without the model.
+        follows: whether another process writes the file, and this one reads it.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], clients: int, layout: BlockLayout) -> None:
+    def __init__(
+        self, start: Mapping[str, Tensor], clients: int, layout: BlockLayout, *, follows: bool = False
+    ) -> None:
         self.clients = clients
+        self.follows = follows
         self._fields: dict[str, _Field] = {}
         end = 0
         for name, row in start.items():
@@ -171,7 +179,10 @@ class DiskTable(ClientTable):
         if self._written:
             if self._slots is None:
                 raise RuntimeError("DiskTable: has no file yet; save a checkpoint of the start first")
-            self._slots.write(round, {client: row.numpy() for client, row in self._written.items()})
+            if self.follows:
+                self._slots.follow(round, self._written)
+            else:
+                self._slots.write(round, {client: row.numpy() for client, row in self._written.items()})
         self._written.clear()
 
     def undo(self) -> None:
@@ -193,7 +204,7 @@ class DiskTable(ClientTable):
         return self._slots.seal(round)
 
     def checkpointed(self, round: int) -> None:
-        """The checkpoint for which the table was sealed is safely on disk."""
+        """The checkpoint for which the table was sealed is safely on disk: its rows are the ones to keep."""
         assert self._slots is not None
         self._slots.checkpointed(round)
 
@@ -204,7 +215,7 @@ class DiskTable(ClientTable):
             TableError: the file is missing, foreign or damaged, or of another model or method.
             OSError: it cannot be read or written.
         """
-        slots = SlotFile.open(folder / TABLE, round, seal, write=True)
+        slots = SlotFile.open(folder / TABLE, round, seal, write=not self.follows)
         about = self._about()
         if slots.clients != self.clients or any(slots.about.get(key) != value for key, value in about.items()):
             slots.close()
@@ -297,28 +308,35 @@ def named_row(slots: SlotFile, client: int) -> dict[str, Tensor]:
 
 
 def make_table(
-    wanted: str, start: Mapping[str, Tensor], clients: int, layout: BlockLayout, device: torch.device
+    wanted: str,
+    start: Mapping[str, Tensor],
+    clients: int,
+    layout: BlockLayout,
+    device: torch.device,
+    group: Group = ALONE,
 ) -> ClientTable:
     """The table of a new federation.
 
     Args:
-        wanted: `memory`, `disk`, or `auto`: on disk if it is larger than `HOST_SHARE` of the host's memory.
+        wanted: `memory`, `disk`, or `auto`: on disk if the tables of the host's processes would take more than
+            `HOST_SHARE` of its memory.
         start: every client's first row, by column.
         clients: how many there are.
         layout: of the column `PERSONAL`.
         device: of the model.
+        group: the processes of the run; of a table on disk the first one is the writer.
 
     Raises:
         ConfigError: this system has no table on disk.
     """
     size = clients * sum(row.numel() * row.element_size() for row in start.values())
     if wanted == "auto":
-        wanted = "disk" if available() and size > HOST_SHARE * host_memory() else "memory"
+        wanted = "disk" if available() and group.local_size * size > HOST_SHARE * host_memory() else "memory"
     if wanted == "memory":
         return MemoryTable(start, clients, _memory_device(size, device))
     if not available():
         raise ConfigError("--personal-table: got disk, takes memory on this system, which lacks preadv and flock")
-    return DiskTable(start, clients, layout)
+    return DiskTable(start, clients, layout, follows=not group.leader)
 
 
 def host_memory() -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,7 @@ class SlotFile:
         assert round > self._checkpoint
         try:
             for client, row in rows.items():
-                durable = self._newest(client, self._checkpoint)
-                slot = 0 if durable is None else 1 - durable
+                slot = self._free(client)
                 entry = np.array((round, list(_row_digest(client, round, row))), _ENTRY)
                 self._pwrite(row, self._place(client, slot))
                 self._pwrite(np.frombuffer(entry.tobytes(), np.uint8), self._entry_place(client, slot))
@@ -182,6 +181,11 @@ class SlotFile:
         except BaseException:
             self._broken = True
             raise
+
+    def follow(self, round: int, clients: Iterable[int]) -> None:
+        """Another process has written, or will have before the next read, these clients' rows after a round."""
+        for client in clients:
+            self._index["round"][client, self._free(client)] = round
 
     def seal(self, round: int) -> str:
         """Bring everything written so far safely to disk; SHA-256 of the header and of the index as of `round`.
@@ -213,6 +217,11 @@ class SlotFile:
         if round is not None:
             first, second = (0 if written > round else written for written in (first, second))
         return None if first == second == 0 else int(second > first)
+
+    def _free(self, client: int) -> int:
+        """The slot that the last checkpoint does not need."""
+        durable = self._newest(client, self._checkpoint)
+        return 0 if durable is None else 1 - durable
 
     def _place(self, client: int, slot: int) -> int:
         return self._slots + (2 * client + slot) * _padded(self.row_size)

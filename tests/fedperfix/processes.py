@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fedperfix.config import ConfigError
 from fedperfix.engine.client import Client
+from fedperfix.engine.distributed import share_state
 from fedperfix.engine.group import ALONE, Group
 from fedperfix.engine.round import run_round
+from fedperfix.engine.table import DiskTable
 from fedperfix.methods import METHODS, Method
 from fedperfix.run.interrupt import Interrupted
 from fedperfix.run.metrics import RoundMetrics
@@ -45,13 +47,17 @@ CASES: dict[str, tuple[str | type[Method], dict[str, object]]] = {
     "diverging": (Diverging, {"sampled": 5}),
     "fedavg": ("fedavg", {}),
     "one client a round": ("fedavg", {"sampled": 1}),
+    "rows on disk": ("apfl", {"personal_table": "disk"}),
     "sum": ("fedavg", {"reduction": "sum"}),
     "diverging sum": (Diverging, {"reduction": "sum", "sampled": 5}),
 }
 
 
-def play(case: str, group: Group = ALONE) -> dict[str, object]:
-    """Digests of the state after two rounds, and the metrics of both without what a clock says."""
+def play(case: str, folder: Path, group: Group = ALONE) -> dict[str, object]:
+    """Digests of the state after three rounds, and the metrics of all without what a clock says.
+
+    Rows on disk are in `folder`, which is then all of the group's own.
+    """
     method, options = CASES[case]
     torch.manual_seed(1)
     shape = {"img_size": tiny.SIDE, "patch_size": 1, "in_chans": 1, "num_classes": tiny.CLASSES}
@@ -59,13 +65,23 @@ def play(case: str, group: Group = ALONE) -> dict[str, object]:
     options = {"clients": len(SIZES), "sampled": 4, "lr": 0.2, "batch_size": 4, **options}
     if isinstance(method, str):
         METHODS[method].adapt(vit, replace(tiny.CONFIG, method=method, **options))
-    worker, state, config = tiny.federation(method, model=vit, client_data=tiny.data(SIZES), **options)
+    table = str(options.get("personal_table", "memory"))
+    worker, state, config = tiny.federation(
+        method, model=vit, client_data=tiny.data(SIZES), table=table, group=group, **options
+    )
+    if isinstance(state.table, DiskTable) and group.leader:
+        state.table.seal(folder, 0)
+    share_state(group, state, folder)
     rounds = []
-    for _ in range(2):
+    for _ in range(3):
         result = run_round(worker, state, config, evaluate_all=True, group=group)
         if group.leader:
             record = asdict(RoundMetrics.of(result, 1.0))
             rounds.append({key: value for key, value in record.items() if "second" not in key})
+        if state.round == 2:  # as if there had been a checkpoint: the third round must leave these rows
+            state.table.checkpointed(2)
+    with group.together():
+        pass  # the last rows are written
     digests = {name: digest(value) for name, value in state.tensors().items()}
     return {"digests": digests, "metrics": rounds, "shared": state.server.shared.tolist()}
 
@@ -100,7 +116,9 @@ def main(folder: Path) -> None:
             continue
         explain = lambda error: str(error) if isinstance(error, ConfigError) else None  # noqa: E731
         group = Group(rank, members, rank, members, explain, handle)
-        found = {case: play(case, group) for case in CASES}
+        own = folder / str(members)
+        own.mkdir(exist_ok=True)
+        found = {case: play(case, own, group) for case in CASES}
         found["failures"] = failures(group)
         found["text"] = group.share_text("wörter\n" if rank == 1 else "", source=1)
         (folder / f"{members}-{rank}.json").write_text(json.dumps(found))

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from fedperfix.config import ConfigError, parse_args
 from fedperfix.engine.group import ALONE, Group, Spread
 from fedperfix.engine.round import data_weights, run_round, sample_clients
+from fedperfix.run.checkpoint import read_client
 from fedperfix.train import main
 from tests.fedperfix import tiny
 from tests.fedperfix.processes import CASES, play
@@ -61,8 +62,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dic
 
 @needs_gloo
 @pytest.mark.parametrize("case", [name for name in CASES if "sum" not in name])
-def test_every_process_of_two_and_three_has_the_bits_of_one(found, case: str) -> None:
-    alone = json.loads(json.dumps(play(case)))
+def test_every_process_of_two_and_three_has_the_bits_of_one(found, case: str, tmp_path: Path) -> None:
+    alone = json.loads(json.dumps(play(case, tmp_path)))
     for place in GROUPS:
         assert found[place][case]["digests"] == alone["digests"], place
         if place[1] == 0:
@@ -73,9 +74,9 @@ def test_every_process_of_two_and_three_has_the_bits_of_one(found, case: str) ->
 
 @needs_gloo
 @pytest.mark.parametrize(("case", "same"), [("sum", "fedavg"), ("diverging sum", "diverging")])
-def test_partial_sums_are_equal_within_rounding(found, case: str, same: str) -> None:
-    exact = play(same)
-    for results in (play(case), *(found[place][case] for place in GROUPS)):
+def test_partial_sums_are_equal_within_rounding(found, case: str, same: str, tmp_path: Path) -> None:
+    exact = play(same, tmp_path)
+    for results in (play(case, tmp_path), *(found[place][case] for place in GROUPS)):
         np.testing.assert_allclose(results["shared"], exact["shared"], rtol=0, atol=1e-6)
     for size, rank in GROUPS:
         leader = found[size, 0][case]
@@ -242,6 +243,29 @@ def test_ctrl_c_ends_all_processes_and_saves(tmp_path: Path, number: int) -> Non
     output, rounds = stopped_run(folder, act=lambda run: run.send_signal(number))
     assert output.count("interrupted after round") == 1
     check_resumed(folder, rounds)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_two_processes_share_a_file_of_rows_and_one_goes_on_with_it(tmp_path: Path) -> None:
+    """With a checkpoint in every round, both must agree on which of a client's two slots counts."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    often = [*SMALL, "--eval-every=1", "--checkpoint-every=1"]
+    for rounds, command in (
+        (2, [*often, f"--run-dir={folder}", "--personal-table=disk"]),
+        (4, [f"--resume={folder}"]),
+    ):
+        run = torchrun(2, "fedperfix.train", *command, f"--rounds={rounds}")
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, output
+        assert "5 rows of" in output
+    assert main([f"--resume={folder}", "--rounds=5"]) == 0
+    assert main([*often, "--rounds=5", f"--run-dir={whole}"]) == 0
+    found, expected = (curves(path) for path in (folder, whole))
+    assert found == expected
+    for client in range(5):
+        kept, wanted = (read_client(path, client) for path in (folder, whole))
+        assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
 
 
 def on_two_hosts(*options: list[str]) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fedperfix.config import ConfigError, parse_args
+from fedperfix.engine.group import Group
 from fedperfix.run import checkpoint, metrics
 from fedperfix.run.slots import TABLE
 from fedperfix.train import _personal_table, main
@@ -106,8 +106,10 @@ def test_an_evaluation_of_some_clients_is_named_as_such(capsys: pytest.CaptureFi
     assert "--eval-clients: got 4, takes at most --clients, which is 3" in sentence(capsys)
 
 
-def test_several_processes_have_the_rows_in_memory() -> None:
-    several = SimpleNamespace(size=3)
+def test_several_hosts_have_the_rows_in_memory() -> None:
+    one, several = Group(size=3, local_size=3), Group(size=3, local_size=1)
     assert _personal_table(parse_args([]), several) == "memory"
-    with pytest.raises(ConfigError, match="--personal-table: got disk, takes memory with 3 processes; start one"):
+    with pytest.raises(ConfigError, match="--personal-table: got disk, takes memory with several hosts; start all"):
         _personal_table(parse_args(["--personal-table=disk"]), several)
+    assert _personal_table(parse_args([]), one) == "auto"
+    assert _personal_table(parse_args(["--personal-table=disk"]), one) == "disk"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedperfix.config import TrainConfig
 from fedperfix.data import Dataset, FederatedData, Preprocess
 from fedperfix.engine.client import Worker
+from fedperfix.engine.group import ALONE, Group
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import METHODS, Method
 
@@ -60,6 +61,7 @@ def federation(
     model: nn.Module | None = None,
     client_data: FederatedData | None = None,
     table: str = "memory",
+    group: Group = ALONE,
     **options: object,
 ) -> tuple[Worker, FederatedState, TrainConfig]:
     """A worker and the state before the first round."""
@@ -69,7 +71,7 @@ def federation(
         torch.manual_seed(1)
         model = Linear()
     worker = Worker(model, client_data or data(), Preprocess(SIDE), rule, config, CPU)
-    return worker, FederatedState.initial(worker.arena, rule, config.clients, "auto", table), config
+    return worker, FederatedState.initial(worker.arena, rule, config.clients, "auto", table, group), config
 
 
 def dataset(images: int = 240, side: int = 8) -> Dataset:
