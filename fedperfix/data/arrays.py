@@ -34,10 +34,10 @@ def arrays_dataset(
     Args:
         inputs: NumPy arrays or tensors: images, uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] with C of 1 to 4, or
             texts, token ids [n, tokens], integers of at least 32 bits; 0 pads the shorter texts at their ends.
-        labels: integers [n] or [n, 1], from 0; every class has a sample.
-        class_names: one per class; None names them by their numbers.
-        domains: integers [n], from 0: the domain of each sample.
-        domain_names: one per domain; empty names them by their numbers.
+        labels: integers [n] or [n, 1], from 0, or texts, the classes' names; every class has a sample.
+        class_names: one per class; None takes the texts of `labels` in alphabetical order, or the numbers.
+        domains: integers [n], from 0, or texts: the domain of each sample.
+        domain_names: one per domain; empty takes the texts of `domains` in alphabetical order, or the numbers.
         groups: integers or texts [n]: samples of one group are never divided between training and testing.
         name: of the data set.
         source: what to call the arrays in an error, such as their file; by default `name`.
@@ -48,22 +48,20 @@ def arrays_dataset(
     """
     source = source or name
     values = _inputs(np.asarray(inputs), source)
-    classes = _codes(labels, "labels", len(values), class_names, source)
-    names = tuple(map(str, range(int(classes.max()) + 1) if class_names is None else class_names))
+    classes, names = _codes(labels, "labels", len(values), class_names, source)
     if domains is None:
         if len(domain_names):
             raise DataError(f"{source}: has names of domains but no domains; give `domains` too, or neither")
         of_domain, domain_names = None, ()
     else:
-        of_domain = _codes(domains, "domains", len(values), domain_names or None, source)
-        domain_names = tuple(map(str, domain_names or range(int(of_domain.max()) + 1)))
+        of_domain, domain_names = _codes(domains, "domains", len(values), domain_names or None, source)
     return Dataset(
         name,
         values,
         classes,
         names,
         of_domain,
-        tuple(domain_names),
+        domain_names,
         _groups(groups, len(values), source),
         num_tokens=_num_tokens(values, num_tokens, source),
     )
@@ -175,15 +173,19 @@ def _channels_first(images: np.ndarray, source: str) -> np.ndarray:
     return images if first else images.transpose(0, 3, 1, 2)
 
 
-def _codes(values: ArrayLike, what: str, samples: int, names: Sequence[str] | None, source: str) -> Tensor:
-    """int64 [n] of classes or domains, from 0 and each of them used."""
+def _codes(
+    values: ArrayLike, what: str, samples: int, names: Sequence[str] | None, source: str
+) -> tuple[Tensor, tuple[str, ...]]:
+    """int64 [n] of classes or domains, from 0 and each of them used, and their names."""
     codes = np.asarray(values)
     codes = codes[:, 0] if codes.ndim == 2 and codes.shape[1] == 1 else codes
-    if codes.shape != (samples,) or codes.dtype.kind not in "iu":
+    if codes.shape != (samples,) or codes.dtype.kind not in "iuU":
         raise DataError(
             f"{source}: {what} of type {codes.dtype} and shape {list(codes.shape)} for {samples} samples; "
-            f"takes whole numbers [{samples}]"
+            f"takes whole numbers or texts [{samples}]"
         )
+    if codes.dtype.kind == "U":
+        codes, names = _numbered(codes, what, names, source)
     largest = int(codes.max()) if names is None else len(names) - 1
     if codes.min() < 0 or codes.max() > largest:
         known = "from 0" if names is None else f"0 to {largest}, for which there are names"
@@ -195,7 +197,19 @@ def _codes(values: ArrayLike, what: str, samples: int, names: Sequence[str] | No
             f"{source}: {what} 0 to {largest}, but {len(unused)} of them have no sample, the first is {first}; "
             "leave them out and number the others from 0"
         )
-    return torch.from_numpy(codes.astype(np.int64))
+    return torch.from_numpy(codes.astype(np.int64)), tuple(map(str, range(largest + 1) if names is None else names))
+
+
+def _numbered(
+    texts: np.ndarray, what: str, names: Sequence[str] | None, source: str
+) -> tuple[np.ndarray, Sequence[str]]:
+    """The place of each text among the names, int64 [n], and the names; by default the texts in their order."""
+    found, codes = np.unique(texts, return_inverse=True)
+    names = found.tolist() if names is None else list(map(str, names))
+    unknown = [text for text in found.tolist() if text not in names]
+    if unknown:
+        raise DataError(f"{source}: {what} has '{unknown[0]}', takes one of the names given, {', '.join(names)}")
+    return np.array([names.index(text) for text in found.tolist()])[codes], names
 
 
 def _groups(groups: ArrayLike | None, samples: int, source: str) -> Tensor | None:

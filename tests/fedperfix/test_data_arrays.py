@@ -65,6 +65,17 @@ def test_everything_that_a_data_set_may_have():
     assert (unnamed.class_names, unnamed.domain_names, unnamed.groups) == (("0", "1", "2"), ("0", "1"), None)
 
 
+def test_labels_and_domains_may_be_texts():
+    words = np.array(["rose", "lily", "tulip"])[LABELS]
+    plain = arrays_dataset(pixels(N, H, W), words, domains=["ink", "pen", "ink", "pen", "ink", "ink"])
+    assert plain.class_names == ("lily", "rose", "tulip")
+    assert plain.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    assert (plain.domain_names, plain.domains.tolist()) == (("ink", "pen"), [0, 1, 0, 1, 0, 0])
+    ordered = arrays_dataset(pixels(N, H, W), words[:, None], class_names=["tulip", "rose", "lily"])
+    assert ordered.class_names == ("tulip", "rose", "lily")
+    assert ordered.labels.tolist() == [1, 2, 0, 1, 2, 0]
+
+
 IMAGES = pixels(N, H, W)
 WRONG = {
     "float": ({"inputs": IMAGES / 255}, r"mine: images of type float64, takes uint8.*\(255 \* images\)"),
@@ -84,6 +95,11 @@ WRONG = {
     "unused": ({"class_names": list("abcd")}, r"1 of them have no sample, the first is 3 \('d'\)"),
     "names only": ({"domain_names": ["a"]}, "names of domains but no domains"),
     "domains": ({"domains": [0, 0, 2, 2, 2, 2]}, "domains 0 to 2, but 1 of them have no sample"),
+    "unknown text": (
+        {"labels": list("abcabx"), "class_names": list("abc")},
+        "labels has 'x', takes one of .* a, b, c",
+    ),
+    "unused text": ({"labels": list("abcabc"), "class_names": list("abcd")}, r"the first is 3 \('d'\)"),
     "groups": ({"groups": [1, 2]}, r"groups of type int64 and shape \[2\]"),
     "float groups": ({"groups": LABELS / 2}, "groups of type float64"),
     "tokens": ({"inputs": np.full((N, 2), -1)}, "tokens from -1 to -1"),
