@@ -189,24 +189,79 @@ def _time(value: float) -> str:
     return f"{value * 1e6:.0f} µs" if abs(value) < 1e-3 else f"{value * 1e3:.2f} ms"
 
 
-def updated(readme: str, records: list[dict[str, Any]]) -> str:
-    """The README's text with the section between the two markers replaced."""
-    head, _, rest = readme.partition(BEGIN)
+def peers_figures(records: list[dict[str, Any]]) -> str:
+    """The section of docs/peers.md: per device a line per contestant of every session."""
+    return "\n".join(_peers_of(record) for record in records)
+
+
+def _peers_of(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    lines = [
+        f"### {record['device']}",
+        "",
+        f"{record['date']}, commit {record['commit']}, {_threads(record)}PyTorch {versions['torch']}, "
+        f"Triton {versions['triton']}.",
+        "",
+        "| work | contestant | seconds a round (range) | processor seconds | memory | ours is faster by | target |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for session in record["sessions"]:
+        if "contestants" not in session:
+            lines.append(f"| {session['title']} | {session.get('unavailable') or session['failed']} | | | | | |")
+            continue
+        lines += [_contestant(session, name) for name in session["contestants"]]
+    return "\n".join(lines) + "\n"
+
+
+def _threads(record: dict[str, Any]) -> str:
+    return f"{record['threads']} threads, " if record["threads"] else ""
+
+
+def _contestant(session: dict[str, Any], name: str) -> str:
+    found, by, work = session["contestants"][name], session["ratios"].get(name), session["work"]
+    spread, cpu, peak = found["seconds"], found["cpu_seconds"], found["peak_bytes"]
+    met = session.get("target", {}).get("met", {}).get(name)
+    cells = [
+        f"{work['method']}, {work['model']}",
+        f"{name} ({session['precision'].removeprefix('torch.')})" if name == "ours" else name,
+        f"{spread['median']:.2f} ({spread['lowest']:.2f} – {spread['highest']:.2f})",
+        f"{cpu['median']:.2f}" if cpu else "–",
+        f"{peak / 2**20:,.0f} MB" if peak else "–",
+        f"**{by['seconds']:.2f}x**" if by and session["same_work"] else "–",
+        "–" if met is None else f"≥ {session['target']['at_least']:g}x {'met' if met else 'missed'}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def updated(text: str, section: str) -> str:
+    """A text with the section between the two markers replaced."""
+    head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{figures(records)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{section}\n{END}{tail}"
 
 
-def load_records() -> list[dict[str, Any]]:
-    """Every committed record, GPUs first."""
-    records = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+def load_records(folder: str = ".") -> list[dict[str, Any]]:
+    """Every committed record of a folder in `bench/results`, GPUs first."""
+    records = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results" / folder).glob("*.json"))
+    ]
     return sorted(records, key=lambda record: record["threads"] is not None)
 
 
+def pages() -> dict[Path, str]:
+    """Every page with figures, as the records say that it should be."""
+    sections = {
+        ROOT / "README.md": figures(load_records()),
+        ROOT / "docs" / "peers.md": peers_figures(load_records("peers")),
+    }
+    return {path: updated(path.read_text(), section) for path, section in sections.items()}
+
+
 def main() -> int:
-    """Rewrite README.md's figures, docs/benchmarks.md's tables and the picture."""
+    """Rewrite the figures of README.md and docs/peers.md, docs/benchmarks.md's tables and the picture."""
     records = load_records()
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(), records))
+    for path, text in pages().items():
+        path.write_text(text)
     tables = [
         f"## {record['device']}\n\n" + "\n".join(comparison_table(entry) for entry in record["comparisons"])
         for record in records

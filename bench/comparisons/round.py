@@ -32,9 +32,8 @@ def round_plans(device: torch.device) -> Iterator[Plan]:
     config = replace(_CONFIG, device=device.type)
     title = f"federated round, float32, vit-mini {_SIZE} px, {config.sampled} of {config.clients} clients"
     yield Plan(title, (PASSES, ROUND), partial(_comparison, title, config, device))
-    most = min(torch.get_num_threads(), config.sampled)
-    if device.type == "cpu" and most > 1:
-        title = f"{title}, {most} at a time"
+    if device.type == "cpu":
+        title, most = f"{title} side by side", min(torch.get_num_threads(), config.sampled)
         yield Plan(title, (PASSES, ROUND), partial(_comparison, title, config, device, most))
 
 

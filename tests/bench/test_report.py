@@ -108,3 +108,36 @@ def test_pytest_prints_every_target() -> None:
     assert "targets: 3 of 7 met, 2 missed, 2 not measured" in lines
     assert "missed: ≥ 45% of the limit: 44.0%: attention gated backward, x" in lines
     assert any(line.endswith("attention gated forward, x [SDPA efficient]") for line in lines)
+
+
+def peer_session(**changes: Any) -> dict[str, Any]:
+    spread = {"median": 2.0, "lowest": 1.5, "highest": 2.5}
+    found = {"seconds": spread, "cpu_seconds": {"median": 3.0}, "peak_bytes": 2**30}
+    return {
+        "title": "Peer",
+        "work": {"method": "fedavg", "model": "vit-mini"},
+        "precision": "torch.bfloat16",
+        "contestants": {"ours": found, "ours fp32": found, "peer": found | {"cpu_seconds": None}},
+        "ratios": {"ours": {"seconds": 3.2}, "ours fp32": {"seconds": 1.4}},
+        "same_work": True,
+        "target": {"at_least": 1.5, "met": {"ours": True, "ours fp32": False}},
+    } | changes
+
+
+def test_a_session_with_a_peer_is_a_line_per_contestant() -> None:
+    record = RECORD | {"threads": 2, "sessions": [peer_session(), {"title": "Other", "unavailable": "not there"}]}
+    text = report.peers_figures([record])
+    assert "2026-01-01, commit abc, 2 threads, PyTorch 9" in text
+    ours, exact, peer, other = text.splitlines()[-4:]
+    assert (
+        ours
+        == "| fedavg, vit-mini | ours (bfloat16) | 2.00 (1.50 – 2.50) | 3.00 | 1,024 MB | **3.20x** | ≥ 1.5x met |"
+    )
+    assert exact.endswith("| **1.40x** | ≥ 1.5x missed |")
+    assert peer.endswith("| peer | 2.00 (1.50 – 2.50) | – | 1,024 MB | – | – |")
+    assert other == "| Other | not there | | | | | |"
+
+
+def test_other_work_has_no_ratio() -> None:
+    text = report.peers_figures([RECORD | {"sessions": [peer_session(same_work=False)]}])
+    assert "x**" not in text
