@@ -121,7 +121,7 @@ def side_by_side(
         one.poll = poll
         idle.put(one)
     threads = torch.get_num_threads()
-    share = (threads // len(crew),)  # also of a client that is alone: its bits must not depend on that
+    share = (max(1, threads // len(crew)),)  # also of a client that is alone: its bits must not depend on that
     try:
         with ThreadPoolExecutor(len(crew), initializer=torch.set_num_threads, initargs=share) as pool:
             try:
