@@ -41,8 +41,19 @@ def main(argv: list[str]) -> int:
     print(f"{dataset.name}: {len(dataset.labels):,} samples, {len(dataset.class_names)} classes, {partition.rule}")
     print(f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} samples, {np.mean(sizes):.1f} on average")
     print(f"{_rare_classes(dataset, partition)}")
+    for line in _left_out(dataset, sum(sizes)):
+        print(line)
     print(f"written      {target}\n             {picture}")
     return 0
+
+
+def _left_out(dataset: Dataset, given: int) -> list[str]:
+    """What no client has, and what the reader of the data skipped: how much, and all of it by name."""
+    unassigned = len(dataset.labels) - given
+    lines = [f"left out     {unassigned:,} samples that are of no client"] if unassigned else []
+    if dataset.skipped:
+        lines += [f"skipped      {len(dataset.skipped):,}:", *(f"             {line}" for line in dataset.skipped)]
+    return lines
 
 
 def _targets(name: str) -> tuple[Path, Path]:

@@ -22,6 +22,7 @@ A name in `[method]` is what the row is called; it is also the method, unless a 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -277,3 +278,24 @@ def _short(option: str) -> str:
 
 
 _TOML_WORDS = {str: "text", list: "list", dict: "table"}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a sweep has written of a study beside its runs: `title`, `commands`, and `runs` by folder.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        sound = (
+            isinstance(known, dict)
+            and isinstance(known.get("runs", {}), dict)
+            and isinstance(known.get("commands", []), list)
+            and all(isinstance(entry, dict) for entry in known.get("runs", {}).values())
+        )
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ConfigError(f"'{path}' is damaged; remove it, and the sweep's command writes it anew")
+    return known

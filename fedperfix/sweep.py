@@ -35,7 +35,7 @@ from fedperfix.run.cli import cli
 from fedperfix.run.files import write_text
 from fedperfix.run.interrupt import Interrupted, interruptible
 from fedperfix.run.progress import clock, print_plain
-from fedperfix.study import RESERVED, STUDY, Settings, Study, StudyRun, merged, read_study, with_set
+from fedperfix.study import RESERVED, STUDY, Settings, Study, StudyRun, merged, read_record, read_study, with_set
 
 LOGS = "logs"
 SOME_FAILED, OUT_OF_TIME, INTERRUPTED = 1, 124, 130
@@ -160,7 +160,7 @@ def place(run: StudyRun, out: Path) -> Place:
 def record(out: Path, study: Study, places: Sequence[Place], command: str) -> None:
     """Write the list of runs that the report reads: what each folder is called in tables, and what made it."""
     path = out / STUDY
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": {}, "commands": []}
+    known = {"runs": {}, "commands": []} | (read_record(path) if path.exists() else {})
     for item in places:
         known["runs"][item.folder.name] = {
             "row": item.run.row,

@@ -44,6 +44,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "organsmnist": _ORGANS,
 }  # fmt: skip
 MULTI_LABEL = ("chestmnist",)
+_COLOUR = ("pathmnist", "dermamnist", "retinamnist", "bloodmnist")
 
 
 def load_medmnist(
@@ -73,6 +74,12 @@ def load_medmnist(
         shapes = ", ".join(str(list(images.shape)) for images, _ in parts)
         raise DataError(f"{file}: images of shapes {shapes}, which differ; fetch {name} again from {_HOME}")
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    absent = sorted(set(range(len(CLASSES[name]))) - set(labels.tolist()))
+    if absent:
+        raise DataError(
+            f"{file}: has no image of {len(absent)} of the {len(CLASSES[name])} classes of {name}, the first is "
+            f"{absent[0]} ('{CLASSES[name][absent[0]]}'); take the file of {name}, or fetch it again from {_HOME}"
+        )
     return Dataset(name, torch.from_numpy(images), torch.from_numpy(labels), CLASSES[name])
 
 
@@ -98,11 +105,12 @@ def _file(name: str, data_dir: Path | None, image_size: int | None) -> Path:
 def _part(name: str, file: Path, arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, C, H, W] and int64 [n]."""
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    colour = images.ndim == 4 and images.shape[3] == 3
-    if images.dtype != np.uint8 or not (images.ndim == 3 or colour) or 0 in images.shape[1:]:
+    colour = name in _COLOUR
+    fits = images.ndim == 4 and images.shape[3] == 3 if colour else images.ndim == 3
+    if images.dtype != np.uint8 or not fits or 0 in images.shape[1:]:
         raise DataError(
             f"{file}: {split}_images have type {images.dtype} and shape {list(images.shape)}, {name} has uint8 "
-            f"[n, H, W] or [n, H, W, 3]; fetch it again from {_HOME}"
+            f"{'[n, H, W, 3]' if colour else '[n, H, W]'}; fetch it again from {_HOME}"
         )
     if labels.shape != (len(images), 1) or labels.dtype.kind not in "iu":
         raise DataError(

@@ -311,7 +311,17 @@ def read_published(text: str) -> dict[str, float]:
     known = [key for key, value in tables.items() if isinstance(value, dict)]
     if name not in known:
         raise ConfigError(f"--published: '{file}' has no table '{name}', takes one of {', '.join(known)}")
-    return {row: value[0] if isinstance(value, list) else float(value) for row, value in tables[name].items()}
+    return {row: _published(row, name, value) for row, value in tables[name].items()}
+
+
+def _published(row: str, table: str, value: object) -> float:
+    """The accuracy of a row: a number, or the first of a list of it and its spread."""
+    number = value[0] if isinstance(value, list) and value else value
+    if type(number) not in (int, float):
+        raise ConfigError(
+            f"--published: '{row}' of table '{table}' is {value!r}, takes a number or a list of numbers"
+        )
+    return float(number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,14 @@ from fedperfix.config import RESUMABLE, ConfigError, TrainConfig, from_toml
 from fedperfix.costs import COSTS
 from fedperfix.methods import method_label
 from fedperfix.run import folder, metrics
-from fedperfix.study import STUDY
+from fedperfix.study import STUDY, read_record
 
 # What may differ between runs of one row.
 _NOT_A_SETTING = ("method", "seed", *RESUMABLE, "resume")
+# What a round's line must say for a table.
+_FIGURES = ("round", "local_mean", "bytes_up", "bytes_down")
+_SECONDS = tuple(f"seconds_{phase}" for phase in ("train", "aggregate", "evaluate", "other"))
+_SPREAD = ("mean", "std", "worst", "weighted")
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[ReportedRun], list[str], So
     notes: list[str] = []
     title, commands = None, []
     for path in folders:
-        study = _study(path)
+        study = read_record(path / STUDY) if (path / STUDY).exists() else {}
         title = title or study.get("title")
         commands += study.get("commands", [])
         found = [path] if (path / folder.CONFIG).exists() else _runs_in(path, list(study.get("runs", {})))
@@ -136,11 +141,6 @@ def by_row(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     return rows
 
 
-def _study(path: Path) -> dict[str, Any]:
-    file = path / STUDY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def _runs_in(path: Path, listed: Sequence[str]) -> list[Path]:
     if not path.is_dir():
         raise ConfigError(f"DIR: there is no folder '{path}'; takes folders of runs")
@@ -150,25 +150,56 @@ def _runs_in(path: Path, listed: Sequence[str]) -> list[Path]:
 
 
 def _read(where: Path, row: str | None) -> ReportedRun:
-    config = from_toml((where / folder.CONFIG).read_text(encoding="utf-8"), str(where / folder.CONFIG))
-    lines = where / metrics.JSON_LINES
-    rounds = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
-    costs = where / COSTS
+    with _readable(where / folder.CONFIG) as file:
+        config = from_toml(file.read_text(encoding="utf-8"), str(file))
+    with _readable(where / folder.ENVIRONMENT):
+        environments = folder.read_environment(where)
+        for entry in environments:
+            entry["device"], entry["time"], entry["platform"], entry["backend"]  # the page names them
+    with _readable(where / COSTS) as file:
+        costs = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     return ReportedRun(
         folder=where,
         row=row or method_label(config.method),
         config=config,
-        environments=folder.read_environment(where),
-        rounds=rounds,
+        environments=environments,
+        rounds=_rounds(where / metrics.JSON_LINES),
         clients=_clients(where / metrics.CLIENTS),
-        costs=json.loads(costs.read_text(encoding="utf-8")) if costs.exists() else {},
+        costs=costs,
     )
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Path]:
+    """What is wrong with the content of a run's file, found in the block, is a `ConfigError` that names it."""
+    try:
+        yield file
+    except ConfigError:
+        raise
+    except FileNotFoundError as error:
+        raise ConfigError(f"DIR: there is no '{file}'; bring it back, or take its folder away") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"DIR: '{file}' is damaged ({type(error).__name__}: {error}); bring it back, or take its folder away"
+        ) from error
+
+
+def _rounds(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    with _readable(file):
+        rounds = [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        for line in rounds:
+            tested = [name for name in ("all", "mixed") if line.get(f"{name}_mean") is not None]
+            for name in (*_FIGURES, *_SECONDS, *(f"{prefix}_{name}" for prefix in tested for name in _SPREAD)):
+                float(line[name])
+    return rounds
 
 
 def _clients(file: Path) -> dict[int, Client]:
     if not file.exists():
         return {}
-    with open(file, encoding="utf-8", newline="") as lines:
+    with _readable(file), open(file, encoding="utf-8", newline="") as lines:
         return {
             int(line["client"]): Client(
                 int(line["train_images"]),

@@ -12,16 +12,18 @@ from fedperfix.data import DataError, load_dataset
 from fedperfix.data.medmnist import CLASSES
 
 SIZES = {"train": 23, "val": 4, "test": 11}
+COLOUR = ("pathmnist", "dermamnist", "retinamnist", "bloodmnist")
 
 
-def write(path: Path, name: str = "organamnist", side: int = 28, colour: bool = False, **changes) -> dict:
-    """A file in the format of the package medmnist, with a few random images."""
+def write(path: Path, name: str = "organamnist", side: int = 28, **changes) -> dict:
+    """A file in the format of the package medmnist, with a few random images of all classes."""
     generator = np.random.default_rng(side)
     arrays = {}
     for split, n in SIZES.items():
-        shape = (n, side, side, 3) if colour else (n, side, side)
+        shape = (n, side, side, 3) if name in COLOUR else (n, side, side)
         arrays[f"{split}_images"] = generator.integers(0, 256, shape).astype(np.uint8)
-        arrays[f"{split}_labels"] = generator.integers(0, len(CLASSES[name]), (n, 1)).astype(np.uint8)
+        labels = generator.permutation(n) % len(CLASSES[name])
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
     arrays |= changes
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return arrays
@@ -31,8 +33,9 @@ def write(path: Path, name: str = "organamnist", side: int = 28, colour: bool = 
 def test_every_set(tmp_path, name):
     arrays = write(tmp_path / f"{name}.npz", name)
     dataset = load_dataset(name, str(tmp_path))
-    assert dataset.inputs.shape == (38, 1, 28, 28)
-    assert (dataset.inputs[:, 0].numpy() == np.concatenate([arrays[f"{s}_images"] for s in SIZES])).all()
+    assert dataset.inputs.shape == (38, 3 if name in COLOUR else 1, 28, 28)
+    pool = np.concatenate([arrays[f"{s}_images"] for s in SIZES])
+    assert (dataset.inputs.numpy() == (pool.transpose(0, 3, 1, 2) if name in COLOUR else pool[:, None])).all()
     assert dataset.labels.tolist() == np.concatenate([arrays[f"{s}_labels"] for s in SIZES])[:, 0].tolist()
     assert (dataset.labels.dtype, dataset.class_names) == (torch.int64, CLASSES[name])
 
@@ -46,7 +49,7 @@ def test_numbers_of_classes():
 
 
 def test_colour(tmp_path):
-    arrays = write(tmp_path / "pathmnist.npz", "pathmnist", colour=True)
+    arrays = write(tmp_path / "pathmnist.npz", "pathmnist")
     dataset = load_dataset("pathmnist", tmp_path / "pathmnist.npz")
     assert dataset.inputs.shape == (38, 3, 28, 28)
     for channel in range(3):
@@ -89,6 +92,16 @@ def test_wrong_input(tmp_path):
         ({"val_images": np.zeros((4, 28, 28, 28), np.uint8)}, r"val_images have .* shape \[4, 28, 28, 28\]"),
         ({"val_images": np.zeros((4, 32, 32), np.uint8)}, "images of shapes .* which differ"),
         ({"images": np.zeros(3)}, "has unknown keys images"),
+        (
+            {"train_labels": np.zeros((23, 1), np.uint8), "test_labels": np.ones((11, 1), np.uint8)},
+            r"has no image of 7 of the 11 classes of organamnist, the first is \d+ \(",
+        ),
     ):
         write(file, **changes)
         refused(f"organamnist.npz: {message}")
+    write(file, "pathmnist")
+    refused(
+        r"organamnist.npz: train_images have type uint8 and shape \[23, 28, 28, 3\], organamnist has uint8 \[n, H, W\]"
+    )
+    write(tmp_path / "pathmnist.npz", "organamnist")
+    refused(r"shape \[23, 28, 28\], pathmnist has uint8 \[n, H, W, 3\]", "pathmnist")

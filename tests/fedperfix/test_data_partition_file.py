@@ -99,6 +99,7 @@ def edit(path: Path, **changes) -> None:
     [
         ({"train": [240]}, r"indices from \d to 240, takes 0 to 239"),
         ({"train": [-1]}, "indices from -1 to 239, takes 0 to 239"),
+        ({"train": [2**70]}, "client 1 has the index 1180591620717411303424 in 'train'; write the file again"),
         ({"train": [1.0]}, "client 1 has no list of whole numbers as 'train'"),
         ({"train": [True]}, "client 1 has no list of whole numbers as 'train'"),
         ({"test": None}, "client 1 has no list of whole numbers as 'test'"),
@@ -214,6 +215,8 @@ def test_a_run_writes_its_partition_and_takes_that_of_another(capsys):
     few = replace(found, train=tuple(part[:5] for part in found.train))
     write_partition(Path("few.json"), tiny.dataset(), few)
     assert train([*small, *shared[:-1], "few.json"]) == 0
+    assert f"left out     {240 - 15 - sum(map(len, few.test))} samples that are of no" in capsys.readouterr().out
+    assert main(["copy.json", *OPTIONS, *shared[:-1], "few.json"]) == 0
     assert f"left out     {240 - 15 - sum(map(len, few.test))} samples that are of no" in capsys.readouterr().out
     # A resumed run has its own partition, wherever it came from, and notices other data.
     Path("a/partition.json").unlink()

@@ -15,6 +15,7 @@ from PIL import Image
 from fedperfix.data import DataError, Dataset, load_dataset, pictures
 from fedperfix.data.partition import Options, make_partition
 from fedperfix.data.partition.file import read_partition, write_partition
+from fedperfix.partition import main as partition
 from fedperfix.train import main
 
 SIDE = 16
@@ -237,6 +238,17 @@ def test_what_is_left_out_is_listed(root, decoded):
         assert dataset.labels.tolist() == clean.labels.tolist()
         assert torch.equal(dataset.inputs, clean.inputs)
         assert dataset.digest == clean.digest
+
+
+def test_so_does_the_command_that_only_divides(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    expected = messy(root)
+    words = "split.json --dataset image-folder --data-dir animals --cache-dir cache --image-size 16 --clients 1"
+    assert partition(words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index(f"skipped      {len(expected)}:") + 1
+    shown = [line.strip() for line in lines[first : first + len(expected)]]
+    assert all(any(line.startswith(start) for line in shown) for start in expected)
 
 
 def test_a_run_says_what_is_left_out(root, tmp_path, monkeypatch, capsys):

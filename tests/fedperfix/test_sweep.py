@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedperfix import sweep as module
+from fedperfix.config import ConfigError
 from fedperfix.run import metrics
 from fedperfix.study import Study
 from fedperfix.sweep import INTERRUPTED, OUT_OF_TIME, SOME_FAILED, Place, main, read_command, sweep
@@ -96,6 +97,13 @@ def test_the_list_of_runs_keeps_those_of_earlier_commands(tmp_path: Path, capsys
     assert known["runs"]["local-seed1"] == {"row": "local", "settings": {}, "seed": 1, "rounds": 1}
     assert known["runs"]["fedper-gate0.5-seed0"]["settings"] == {"gate": 0.5}
     assert len(known["runs"]) == 5
+
+
+def test_a_damaged_list_of_runs_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("[")
+    with pytest.raises(ConfigError, match="study.json' is damaged; remove it, and the sweep's command writes"):
+        sweep(Study(rows=("fedper",)), tmp_path, Console(), command="another", start=stand_in())
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_threads_are_divided_unless_the_user_says_how_many(tmp_path: Path, monkeypatch) -> None:

@@ -131,6 +131,10 @@ def _indices(path: Path, content: dict[str, Any], client: int, side: str) -> np.
             f"{path}: client {client} has no sample in '{side}'; takes at least one for training and one for "
             "testing"
         )
+    if not all(abs(value) < 2**62 for value in values):  # NumPy has no larger ones
+        raise DataError(
+            f"{path}: client {client} has the index {max(values, key=abs)} in '{side}'; write the file again"
+        )
     return np.sort(np.array(values, np.int64))
 
 

@@ -165,6 +165,39 @@ def test_what_does_not_fit_is_one_sentence(options, sentence, study: Path, monke
     assert Path("mine/README.md").read_text() == "my own\n"
 
 
+DAMAGED = {
+    "metrics.jsonl": ('{"round": 1', "[1]", '{"round": 1}', "3"),
+    "clients.csv": ("client,accuracy\n0,1\n", "client,train_images,test_images,accuracy\n0,1\n"),
+    "environment.json": ("[", "{}x", '[{"time": 3}]'),
+    "costs.json": ("{", "3"),
+    "config.toml": (b"\xff", "rounds = "),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_file_of_a_run_is_named(name: str, content: str | bytes, study: Path, capsys) -> None:
+    path = study / "p0" / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([str(study)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": {"p0": 1}}'])
+def test_a_damaged_list_of_the_runs_is_named(content: str, study: Path, capsys) -> None:
+    (study / "study.json").write_text(content)
+    assert main([str(study)]) == 2
+    assert f"'{study / 'study.json'}' is damaged; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ['"much"', "[]", "true", '["a"]', "{}"])
+def test_published_figures_are_numbers(value: str, study: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.toml").write_text(f"[table]\nfedavg = {value}\n")
+    assert main([str(study), "--published", f"{tmp_path / 'mine.toml'}:table"]) == 2
+    assert "--published: 'fedavg' of table 'table' is" in capsys.readouterr().err
+
+
 def test_labels_are_moved_apart_and_stay_in_order() -> None:
     assert spread_out([1.0, 5.0], 1.0) == [1.0, 5.0]
     assert spread_out([2.0, 2.0, 2.0], 1.0) == [1.0, 2.0, 3.0]
