@@ -122,8 +122,9 @@ def sweep(
         for item in places:
             print_plain(console, f"{item.state:<10} {item.folder}  {_describe(item.run)}")
         return 0
-    (out / LOGS).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     record(out, study, places, command)
+    (out / LOGS).mkdir(exist_ok=True)
     queue = _Queue(places, console, jobs, start or train_command)
     with interruptible() as poll:
         code = queue.play(poll, time_limit)

@@ -100,8 +100,6 @@ def test_wrong_input(tmp_path):
         write(file, **changes)
         refused(f"organamnist.npz: {message}")
     write(file, "pathmnist")
-    refused(
-        r"organamnist.npz: train_images have type uint8 and shape \[23, 28, 28, 3\], organamnist has uint8 \[n, H, W\]"
-    )
+    refused(r"train_images have type uint8 and shape .23, 28, 28, 3., organamnist has uint8 .n, H, W.;")
     write(tmp_path / "pathmnist.npz", "organamnist")
     refused(r"shape \[23, 28, 28\], pathmnist has uint8 \[n, H, W, 3\]", "pathmnist")
