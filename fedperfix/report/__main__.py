@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fedperfix.config import ConfigError, Parser, TrainConfig, suggestion
+from fedperfix.config import ConfigError, Parser, suggestion
 from fedperfix.report.layers import PUBLISHED, ROWS, layer_page
 from fedperfix.report.plots import plot_against, plot_curves, plot_gains
 from fedperfix.report.records import keep_records
 from fedperfix.report.runs import ReportedRun, Source, by_row, read_runs
+from fedperfix.report.settings import common_text, settings_table, software
 from fedperfix.report.statistics import Comparison, compare
 from fedperfix.report.tables import (
     Summary,
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     page = report(
         arguments.folders,
         out,
-        reference=arguments.reference,
+        references=arguments.reference or (),
         published=published,
         title=arguments.title,
         command=shlex.join(["python", "-m", "fedperfix.report", *argv]),
@@ -75,7 +76,7 @@ def report(
     folders: Sequence[Path],
     out: Path,
     *,
-    reference: str | None = None,
+    references: Sequence[str] = (),
     published: Mapping[str, float] | None = None,
     title: str | None = None,
     command: str = "",
@@ -85,8 +86,8 @@ def report(
     Args:
         folders: runs, or folders of runs.
         out: where to; what an earlier report left there is replaced.
-        reference: the row that the others are tested against; None is `fedperfix`, or `head` in a study of layer
-            types, else the first row.
+        references: rows that the others are tested against, each against those with as many rounds; plots show the
+            first. By default `fedperfix`, or `head` in a study of layer types, else the first row.
         published: somebody else's accuracies by row, to be shown beside; rows that are not there are listed.
         title: of the page; None is the study's own.
         command: to record on the page.
@@ -99,13 +100,13 @@ def report(
     """
     runs, notes, source = read_runs(folders)
     rows = by_row(runs)
-    reference = _reference(reference, rows)
+    references = [_reference(name, rows) for name in references or (None,)]
     published = published or {}
     page = out / PAGE
     if page.exists() and not page.read_text(encoding="utf-8").startswith(_MARK):
         raise ConfigError(f"--out: '{page}' is not a report of this program; take another folder, or move the file")
     summaries = [Summary.of(row, runs_of, published.get(row)) for row, runs_of in rows.items()]
-    tests = compare(rows, reference)
+    tests = {reference: compare(rows, reference) for reference in references}
     missing = {row: value for row, value in published.items() if row not in rows}
     lead = ""
     if rows.keys() <= ROWS.keys():
@@ -114,18 +115,22 @@ def report(
     domains = domain_table(rows)
     if domains:
         tables["domains"] = domains
-    if tests:
-        tables["tests"] = comparison_table(reference, tests)
+    for number, (reference, found) in enumerate(tests.items(), start=1):
+        if found:
+            tables["tests" if number == 1 else f"tests-{number}"] = comparison_table(reference, found)
+    settings = settings_table(rows)
+    if settings:
+        tables["settings"] = settings
     title = (
         title or source.title or f"{', '.join(rows)} on {', '.join(dict.fromkeys(r.config.dataset for r in runs))}"
     )
     out.mkdir(parents=True, exist_ok=True)
-    pictures = _plots(out, rows, reference)
+    pictures = _plots(out, rows, references[0])
     for name, table in tables.items():
         write_text(out / f"{name}.tex", table.latex())
     write_text(out / "accuracy.csv", as_csv(summaries, Summary))
-    write_text(out / "tests.csv", as_csv(tests, Comparison))
-    write_text(page, _page(title, runs, tables, pictures, notes, source, command, reference, bool(missing), lead))
+    write_text(out / "tests.csv", as_csv([item for found in tests.values() for item in found], Comparison))
+    write_text(page, _page(title, rows, tables, pictures, notes, source, command, bool(missing), lead))
     return page
 
 
@@ -135,11 +140,6 @@ def _reference(name: str | None, rows: Mapping[str, Any]) -> str:
     if name not in rows:
         raise ConfigError(f"--reference: got '{name}', takes one of {'; '.join(rows)}" + suggestion(name, rows))
     return name
-
-
-def _title(runs: Sequence[ReportedRun], rows: Mapping[str, Any]) -> str:
-    names = ", ".join(rows) if len(rows) <= 4 else f"{len(rows)} methods"
-    return f"{names} on {_joined(run.config.dataset for run in runs)}"
 
 
 def _plots(out: Path, rows: Mapping[str, Sequence[ReportedRun]], reference: str) -> dict[str, str]:
@@ -164,16 +164,16 @@ def _plots(out: Path, rows: Mapping[str, Sequence[ReportedRun]], reference: str)
 
 def _page(
     title: str,
-    runs: Sequence[ReportedRun],
+    rows: Mapping[str, Sequence[ReportedRun]],
     tables: Mapping[str, Table],
     pictures: Mapping[str, str],
     notes: Sequence[str],
     source: Source,
     command: str,
-    reference: str,
     missing: bool,
     lead: str,
 ) -> str:
+    runs = [run for of_row in rows.values() for run in of_row]
     lines = [
         _MARK,
         "",
@@ -195,24 +195,45 @@ def _page(
         lines += ["Left out:", "", *(f"- {note}" for note in notes), ""]
     if "domains" in tables:
         lines += ["## By domain", "", _DOMAINS_TEXT, "", tables["domains"].markdown()]
-    if "tests" in tables:
-        lines += [f"## {reference} against the others", "", _TESTS_TEXT, "", tables["tests"].markdown()]
+    for name in tables:
+        if name.startswith("tests"):
+            reference = tables[name].columns[0].removesuffix(" against")
+            text = _TESTS_TEXT if name == "tests" else "As above, for the rows with as many rounds."
+            lines += [f"## {reference} against the others", "", text, "", tables[name].markdown()]
     lines += ["## Costs", "", _COSTS_TEXT, "", tables["costs"].markdown()]
     for name, caption in pictures.items():
         lines += [f"![{Path(name).stem}]({name})", "", caption, ""]
-    lines += ["## How it was made", "", *_provenance(runs, source, command)]
+    lines += ["## How it was made", "", *_provenance(rows, source, command)]
+    if "settings" in tables:
+        lines += ["", "Settings that a row has by itself:", "", tables["settings"].markdown()]
     return "\n".join(lines) + "\n"
 
 
 def _accuracy_text(runs: Sequence[ReportedRun]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({run.config.seed for run in runs}))
     return (
-        f"Test accuracy (%) in the last evaluated round over all clients, {_protocol(runs)}: mean over clients, "
-        f"then mean over the seeds ({seeds}) ± half the width of the 95 % confidence interval (Student's t; none "
-        "for one seed). Std and worst 10 % are over clients; `after local training` is over the clients that were "
-        "sampled in that round, before the aggregation. `best` is the highest of all evaluated rounds; it is "
-        "chosen on the test images, so it is too high by that choice."
+        f"Test accuracy (%) in the last evaluated round over {_tested(runs)}, {_protocol(runs)}: mean over "
+        f"clients, then mean over the seeds ({seeds}) ± half the width of the 95 % confidence interval (Student's "
+        "t; none for one seed). Bold is the highest among the rows with the most seeds that were tested alike, "
+        "after as many rounds. Std is over clients, worst 10 % the mean of their worst tenth, at least one; AUC "
+        f"(one class against the rest, {_with_auc(runs)}) and macro-F1 are means over clients. `after local "
+        "training` is over the clients that were sampled in that round, before the aggregation. `best` is the "
+        "highest of all evaluated rounds; it is chosen on the test images, so it is too high by that choice."
     )
+
+
+def _tested(runs: Sequence[ReportedRun]) -> str:
+    """Which clients the accuracies are of."""
+    numbers = sorted({run.last.get("tested_clients") for run in runs}, key=str)
+    words = ["all clients" if number is None else f"{number} clients drawn at random" for number in numbers]
+    return " or ".join(words)
+
+
+def _with_auc(runs: Sequence[ReportedRun]) -> str:
+    """Of how many clients there is an AUC: one whose test images are all of one class has none."""
+    found = sorted({number for run in runs if (number := run.last.get("auc_clients")) is not None})
+    span = " to ".join(str(number) for number in dict.fromkeys((found[0], found[-1]))) if found else "only"
+    return f"of the {span} clients with test images of several classes"
 
 
 def _protocol(runs: Sequence[ReportedRun]) -> str:
@@ -239,52 +260,37 @@ _TESTS_TEXT = (
 _PUBLISHED_TEXT = "`published` is what the source given with --published reports, with its data, model and seeds."
 _DOMAINS_TEXT = "Mean accuracy (%) over the clients of each domain, then over the seeds."
 _COSTS_TEXT = (
-    "MB per round are up and down together, all sampled clients; GFLOP are of one forward pass. Seconds are of a "
-    "whole run, with its evaluations."
+    "MB per round are up and down together, all sampled clients; GFLOP are of one forward pass of one model, of "
+    "which some methods train two. Seconds are of a whole run, with its evaluations, the median over seeds: only "
+    "runs that had the machine to themselves can be compared by them."
 )
 
 
-def _provenance(runs: Sequence[ReportedRun], source: Source, command: str) -> list[str]:
+def _provenance(rows: Mapping[str, Sequence[ReportedRun]], source: Source, command: str) -> list[str]:
+    runs = [run for of_row in rows.values() for run in of_row]
     entries = [entry for run in runs for entry in run.environments]
-    versions = {name: _joined(entry.get(name) for entry in entries) for name in _VERSIONS}
     devices = _joined(f"{entry['device']}, {entry.get('processors')} processors" for entry in entries)
     days = sorted({entry["time"][:10] for entry in entries})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     first = runs[0]
     images = sum(c.train_images for c in first.clients.values()), sum(c.test_images for c in first.clients.values())
+    sizes = [client.train_images + client.test_images for client in first.clients.values()] or [0]
+    head, *more = software(rows)
     return [
         f"- {len(runs)} runs, {when}; this page {date.today().isoformat()}.",
         f"- Device: {devices}; {_joined(entry['platform'] for entry in entries)}.",
         f"- Attention and aggregation: {_joined(entry['backend'] for entry in entries)}.",
-        "- Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items() if number) + ".",
+        f"- {head}",
+        *(f"  - {line}" for line in more),
         f"- Data of seed {first.config.seed}: {images[0]:,} images for training, {images[1]:,} for the test, "
-        f"{len(first.clients)} clients.",
-        f"- Settings of every run: {_shared_settings(runs)}.",
+        f"{len(first.clients)} clients of {min(sizes):,} to {max(sizes):,} images.",
+        f"- Settings, where a row has none of its own: {common_text(rows)}.",
         "",
         "```",
         *source.commands,
         *([command] if command else []),
         "```",
     ]
-
-
-_VERSIONS = ("fedperfix", "python", "torch", "triton", "timm", "numpy")
-
-
-def _shared_settings(runs: Sequence[ReportedRun]) -> str:
-    """The options that all runs have alike: the main ones, and those that are not the default."""
-    default, configs = vars(TrainConfig()), [run.config for run in runs]
-    shared = {
-        name: value
-        for name, value in vars(configs[0]).items()
-        if value is not None and all(getattr(config, name) == value for config in configs)
-    }
-    shown = [name for name, value in shared.items() if name in _MAIN_SETTINGS or value != default[name]]
-    return ", ".join(f"{name} {shared[name]}" for name in shown if name not in _PLACES)
-
-
-_MAIN_SETTINGS = ("dataset", "clients", "alpha", "model", "rounds", "sampled", "batch_size", "lr", "optimizer")
-_PLACES = ("data_dir", "run_dir", "resume", "method", "seed")
 
 
 def _joined(values: Any) -> str:
@@ -333,7 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="folders of runs, or of folders of runs")
     add("--out", type=Path, metavar="DIR", help="where to (default: the first DIR, in report/)")
-    add("--reference", metavar="ROW", help="the row that the others are tested against (default: fedperfix)")
+    add(
+        "--reference",
+        action="append",
+        metavar="ROW",
+        help="the row that the others are tested against (default: fedperfix); several for rows of unlike rounds",
+    )
     add("--published", metavar="FILE:TABLE", help="published accuracies, shown beside; paper:table2-cifar100")
     add("--title", metavar="TEXT", help="of the page (default: the study's)")
     add("--records", action="store_true", help="keep beside the page what it was made from, without checkpoints")

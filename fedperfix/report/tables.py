@@ -21,6 +21,8 @@ class Summary:
     Args:
         row: what it is called.
         seeds: how many runs it has.
+        of_seeds: which, in ascending order.
+        tested: as `ReportedRun.columns`, and over how many clients drawn at random, if not over all.
         unfinished: how many of them have not all their rounds.
         round: the last evaluated round, the smallest over seeds.
         accuracy: mean over all clients in the last evaluated round, with the global parameters and each one's own.
@@ -32,12 +34,14 @@ class Summary:
         local: after local training, over the clients that were sampled in that round.
         best, best_rounds: the highest mean over clients in any evaluated round, and in which, by seed.
         bytes_per_round: up and down together, mean over rounds.
-        seconds: of a whole run.
+        seconds: of a whole run, the median.
         published: what somebody else reports for this row.
     """
 
     row: str
     seeds: int
+    of_seeds: str
+    tested: str
     unfinished: int
     round: int
     accuracy: float
@@ -65,6 +69,8 @@ class Summary:
         return cls(
             row=row,
             seeds=len(runs),
+            of_seeds=" ".join(str(seed) for seed in sorted(run.config.seed for run in runs)),
+            tested=" ".join(dict.fromkeys(_tested(run) for run in runs)),
             unfinished=sum(not run.finished for run in runs),
             round=min(run.last["round"] for run in runs),
             accuracy=statistics.mean(accuracies),
@@ -79,7 +85,7 @@ class Summary:
             best=_mean(run.best["mean"] for run in runs),
             best_rounds=" ".join(str(run.best["round"]) for run in runs),
             bytes_per_round=_mean(statistics.mean(sent(line) for line in run.rounds) for run in runs),
-            seconds=_mean(sum(map(seconds, run.rounds)) for run in runs),
+            seconds=statistics.median(sum(map(seconds, run.rounds)) for run in runs),
             parameters_stored=_mean_if_any(run.costs.get("parameters_stored") for run in runs),
             parameters_sent=_mean_if_any(run.costs.get("parameters_sent_up") for run in runs),
             flops_per_image=_mean_if_any(run.costs.get("flops_forward_per_image") for run in runs),
@@ -214,7 +220,20 @@ def _table(columns: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _leader(rows: Sequence[Summary]) -> Summary:
-    return max(rows, key=lambda item: item.accuracy)
+    """The best among the rows with the most seeds, the same ones, that were tested alike after as many rounds."""
+
+    def circumstances(item: Summary) -> tuple[str, str, int]:
+        return item.of_seeds, item.tested, item.round
+
+    first = max(rows, key=lambda item: (item.seeds, item.tested.startswith("all")))
+    return max(
+        (item for item in rows if circumstances(item) == circumstances(first)), key=lambda item: item.accuracy
+    )
+
+
+def _tested(run: ReportedRun) -> str:
+    number = run.last.get("tested_clients")
+    return run.columns if number is None else f"{run.columns}-{number}"
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -245,7 +264,10 @@ def _p(value: float | None) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "–": "--", "<": "$<$"}
+_LATEX = {
+    "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "–": "--", "<": "$<$", "{": r"\{",
+    "}": r"\}", "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+}  # fmt: skip
 
 
 def _latex(text: str) -> str:

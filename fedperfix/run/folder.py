@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+import fedperfix
+import fedperfix_kernels
 from fedperfix import __version__
 from fedperfix.config import ConfigError, TrainConfig, to_toml
 from fedperfix.engine.device import device_name
@@ -93,10 +96,21 @@ def write_environment(
             "processors": os.cpu_count(),
             "python": platform.python_version(),
             "fedperfix": __version__,
+            "source": source_digest(),
             **{name: _version(name) for name in ("torch", "triton", "timm", "numpy", "safetensors")},
         }
     )
     write_text(path, json.dumps(entries, indent=2) + "\n")
+
+
+def source_digest() -> str:
+    """A short digest of this program's Python files: runs with another one may differ by more than rounding."""
+    digest = hashlib.sha256()
+    for package in (fedperfix, fedperfix_kernels):
+        root = Path(package.__file__).parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:

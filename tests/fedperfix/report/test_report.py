@@ -129,8 +129,8 @@ def test_the_authors_protocol_and_domains(tmp_path: Path) -> None:
         (folder / "clients.csv").write_text("\n".join(map(",".join, zip(lines, domains, strict=True))) + "\n")
     assert main([str(tmp_path)]) == 0
     page = (tmp_path / "report/README.md").read_text()
-    assert row(page, "fedavg")[2:5] == ["**70.00**", "1.00", "2.00"]
-    assert row(page, "fedper")[2] == "20.00"
+    assert row(page, "fedavg")[2:5] == ["70.00", "1.00", "2.00"]
+    assert row(page, "fedper")[2] == "**20.00**"  # the one above was tested in another way
     assert row(page, "fedper")[5] == "70.00"
     assert "but fedavg tested as the authors' released code does" in page
     by_domain = page[page.index("## By domain") :]
@@ -163,6 +163,79 @@ def test_what_does_not_fit_is_one_sentence(options, sentence, study: Path, monke
     assert sentence in error
     assert error.count("\n") == 1
     assert Path("mine/README.md").read_text() == "my own\n"
+
+
+def test_the_highest_is_among_rows_with_the_same_seeds_and_rounds(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"b{seed}", [30], method="fedavg", seed=seed, rounds=(30.0,))
+        make_run(tmp_path / f"c{seed}", [40], method="fedper", seed=seed, rounds=(40.0,))
+        make_run(tmp_path / f"d{seed}", [90], method="local", seed=seed, rounds=(50.0, 90.0))
+    make_run(tmp_path / "a", [80], method="fedperfix", rounds=(80.0,))
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report/README.md").read_text()
+    bold = [line for line in page.splitlines() if "**" in line]
+    assert len(bold) == 1
+    assert bold[0].startswith("| fedper | 2 | **40.00")
+
+
+def test_each_reference_is_compared_with_the_rows_of_as_many_rounds(tmp_path: Path) -> None:
+    for name, rounds in (("short", (10.0,)), ("long", (10.0, 20.0))):
+        runs = {}
+        for method, accuracy in (("fedavg", 20.0), ("fedper", 30.0)):
+            make_run(tmp_path / f"{method}-{name}", [accuracy, accuracy + 2], method=method, rounds=rounds)
+            runs[f"{method}-{name}"] = {"row": f"{method}-{name}"}
+        known = json.loads((tmp_path / "study.json").read_text())["runs"] if name == "long" else {}
+        (tmp_path / "study.json").write_text(json.dumps({"runs": known | runs}))
+    assert main([str(tmp_path), "--reference", "fedper-short", "--reference", "fedper-long"]) == 0
+    page = (tmp_path / "report/README.md").read_text()
+    for name in ("short", "long"):
+        part = page[page.index(f"## fedper-{name} against the others") :]
+        assert row(part, f"fedavg-{name}")[1] == "+10.00"
+    assert (tmp_path / "report/tests-2.tex").exists()
+    assert (tmp_path / "report/tests.csv").read_text().count("fedavg-") == 2
+
+
+def test_settings_that_most_rows_have_and_those_of_a_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [30], method="fedperfix", lr=0.5, gate=3.0, apfl_alpha=0.9)
+    make_run(tmp_path / "b", [30], method="fedavg", lr=0.5, partition="domains", apfl_alpha=0.9)
+    make_run(tmp_path / "c", [30], method="apfl", lr=0.5, partition="domains", apfl_alpha=0.9)
+    make_run(tmp_path / "d", [30], method="fedper", lr=0.25, partition="domains")
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report/README.md").read_text()
+    (common,) = [line for line in page.splitlines() if line.startswith("- Settings, where a row has none")]
+    assert "lr 0.5, " in common
+    assert "partition domains" in common
+    assert "apfl_alpha" not in common  # of another method than most
+    assert "alpha 0.1" not in common  # which this partition does not read
+    own = page[page.index("Settings that a row has by itself") :]
+    assert row(own, "fedperfix")[1] == "gate 3, partition dirichlet"
+    assert row(own, "apfl")[1] == "apfl_alpha 0.9"
+    assert row(own, "fedper")[1] == "lr 0.25"
+    assert "| fedavg |" not in own
+
+
+def test_versions_that_differ_are_named_with_their_rows(tmp_path: Path) -> None:
+    for name, method in (("a", "fedavg"), ("b", "fedper")):
+        make_run(tmp_path / name, [30], method=method)
+    assert main([str(tmp_path)]) == 0
+    assert (
+        "- Versions: fedperfix 0.1.0, python 3.11.7, torch 2.15.0." in (tmp_path / "report/README.md").read_text()
+    )
+    path = tmp_path / "b/environment.json"
+    path.write_text(path.read_text().replace("2.15.0", "2.14.1"))
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report/README.md").read_text()
+    assert "- Versions differ" in page
+    assert "  - fedperfix 0.1.0, python 3.11.7, torch 2.14.1: fedper" in page
+
+
+def test_clients_drawn_at_random_are_not_called_all(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [30], extra={"tested_clients": 7, "all_auc_clients": 5})
+    make_run(tmp_path / "b", [30], method="fedper", extra={"tested_clients": 7, "all_auc_clients": 6})
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report/README.md").read_text()
+    assert "in the last evaluated round over 7 clients drawn at random, each" in page
+    assert "of the 5 to 6 clients with test images of several classes" in page
 
 
 DAMAGED = {
