@@ -316,7 +316,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         (
             "data",
             f"{_name(federation)}, {train:,} training and {test:,} test {_samples(federation)}, "
-            f"{data.num_classes} classes, {data.clients} clients ({federation.partition.rule})",
+            f"{data.num_classes} classes, {data.clients} clients ({federation.partition.rule}) of {_sizes(data)}",
         ),
         *_skipped(federation.dataset, len(federation.dataset.labels) - train - test),
         ("model", f"{config.model}, {shared:,} parameters shared, {local:,} local to each client{frozen}"),
@@ -384,6 +384,12 @@ def _name(federation: Federation) -> str:
     """The data set's own name, and how it is read where that is not the same."""
     own, given = federation.dataset.name, federation.config.dataset
     return own if own == given else f"{own} ({given})"
+
+
+def _sizes(data: FederatedData) -> str:
+    """How many samples the smallest and the largest client have, for training and test."""
+    sizes = [len(train) + len(test) for train, test in zip(data.train, data.test, strict=True)]
+    return f"{min(sizes):,} to {max(sizes):,}"
 
 
 def _kind(dataset: Dataset) -> str:

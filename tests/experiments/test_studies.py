@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fedperfix.data.partition.dirichlet import dirichlet_partition
 from fedperfix.report import layers
 from fedperfix.report.__main__ import read_published
 from fedperfix.report.runs import by_row, read_runs
@@ -42,3 +44,22 @@ def test_a_tables_rows_are_called_as_its_published_figures(table: str, tmp_path:
     assert set(by_row(read_runs([tmp_path])[0])) == set(read_published(f"paper:{table}"))
     assert {run.config.rounds for run in runs} == {50}
     assert {run.config.lr for run in runs if run.config.method == "per-fedavg"} <= {0.001}
+
+
+def test_the_released_codes_settings_are_each_methods_own() -> None:
+    runs = read_command([str(EXPERIMENTS / "authors-cifar100.toml"), "--data-dir", "folder"])[0].runs()
+    found = {run.row: run.config for run in runs}
+    assert set(found) == NINE - {"fedrep"} | {"fedper"}
+    assert [row for row, config in found.items() if config.local_modules] == ["fedperfix"]
+    assert {(config.alpha, config.rounds, config.protocol) for config in found.values()} == {(0.5, 50, "both")}
+
+
+@pytest.mark.parametrize("table", [table for table in TABLES if table != "table5"])
+def test_every_table_has_a_division_on_a_processor(table: str) -> None:
+    """Of 12,000 images of 100 classes, as CIFAR-100's are; what takes another data set says so by its options."""
+    options = [str(EXPERIMENTS / f"{table}.toml"), "--config", str(EXPERIMENTS / "cpu-subset.toml")]
+    runs = read_command([*options, "--data-dir", "folder"])[0].runs()
+    labels = np.arange(12_000) % 100
+    for clients, alpha, smallest in {(r.config.clients, r.config.alpha, r.config.min_client_size) for r in runs}:
+        parts = dirichlet_partition(labels, clients, alpha, smallest, seed=0)
+        assert min(map(len, parts)) >= (smallest or 2)

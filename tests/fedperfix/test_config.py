@@ -83,7 +83,7 @@ def test_presets():
     assert {"paper", "authors-code", "quick"} <= set(presets())
     paper = load("paper")
     assert (paper.mode, paper.alpha, paper.gate, paper.learn_gate) == ("concat", 0.1, 1.5, False)
-    assert (paper.clients, paper.sampled, paper.min_client_size, paper.image_size) == (64, 8, 256, 224)
+    assert (paper.clients, paper.sampled, paper.min_client_size, paper.image_size) == (64, 8, None, 224)
     assert (paper.rounds, paper.local_epochs, paper.batch_size) == (50, 10, 64)
     assert (paper.optimizer, paper.lr, paper.precision) == ("sgd", 0.01, "fp32")
     assert (paper.model, paper.dataset, paper.bottleneck, paper.init) == (
