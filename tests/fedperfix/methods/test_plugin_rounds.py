@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedperfix.engine.round import run_round, sample_clients
 from fedperfix.methods import METHODS
+from fedperfix_kernels.attention import MODES
 from tests.fedperfix import tiny
 
 WIDTH, HEADS, DEPTH, TOKENS = 4, 2, 2, 5  # a class token and four patches of one pixel
@@ -60,6 +61,25 @@ def prefix_attention(p: dict[str, Tensor], block: str, x: Tensor) -> Tensor:
     return linear(p, f"{block}.attn.proj", out.flatten(2))
 
 
+def adapter_attention(mode: str) -> Part:
+    """FedPerfix's: the prefix pair is made from the layer's input by a tanh adapter."""
+
+    def part(p: dict[str, Tensor], block: str, x: Tensor) -> Tensor:
+        q, k, v = heads(linear(p, f"{block}.attn.qkv", x), 3)
+        hidden = torch.tanh(linear(p, f"{block}.attn.prefix.down", x))
+        prefix_k, prefix_v = heads(linear(p, f"{block}.attn.prefix.up", hidden), 2)
+        gate = p[f"{block}.attn.prefix.gate"][:, None]
+        if mode == "gated":
+            out = attend(q, k, v) + gate * attend(q, prefix_k, prefix_v)
+        elif mode == "concat":
+            out = attend(q, torch.cat((k, gate * prefix_k), 1), torch.cat((v, gate * prefix_v), 1))
+        else:
+            out = attend(q, k + gate * prefix_k, v + gate * prefix_v)
+        return linear(p, f"{block}.attn.proj", out.flatten(2))
+
+    return part
+
+
 def lora_attention(p: dict[str, Tensor], block: str, x: Tensor) -> Tensor:
     name = f"{block}.attn.qkv"
     up, down = p[f"{name}.lora.up"], p[f"{name}.lora.down"]
@@ -93,7 +113,23 @@ def forward(p: dict[str, Tensor], images: Tensor, attention: Part, adapter: Part
 
 
 PREFIX = {f"blocks.{i}.attn.prefix.{name}" for i in range(DEPTH) for name in ("gate", "proj.weight", "proj.bias")}
+ADAPTER = {
+    f"blocks.{i}.attn.prefix.{name}"
+    for i in range(DEPTH)
+    for name in ("gate", "down.weight", "down.bias", "up.weight", "up.bias")
+}
+# By method, and for FedPerfix its mode: what is local besides the head, and what a block computes.
 METHOD_PARTS: dict[str, tuple[set[str], tuple[Part, Part, Part]]] = {
+    **{f"fedperfix {mode}": (ADAPTER, (adapter_attention(mode), plain, plain)) for mode in MODES},
+    "vanilla-attention": (
+        {
+            f"blocks.{i}.attn.{layer}.{kind}"
+            for i in range(DEPTH)
+            for layer in ("qkv", "proj")
+            for kind in ("weight", "bias")
+        },
+        (attention, plain, plain),
+    ),
     "prefix-z": (PREFIX, (prefix_attention, plain, plain)),
     "prefix-r": (PREFIX, (prefix_attention, plain, plain)),
     "prompts": ({f"blocks.{i}.prompts.tokens" for i in range(DEPTH)}, (attention, plain, prompted)),
@@ -114,12 +150,12 @@ METHOD_PARTS: dict[str, tuple[set[str], tuple[Part, Part, Part]]] = {
 }
 
 
-def vit(method: str) -> nn.Module:
+def vit(method: str, **options: object) -> nn.Module:
     """A tiny ViT with the plugin; every parameter drawn at random, so that no start hides a formula."""
     torch.manual_seed(1)
     shape = {"img_size": 2, "patch_size": 1, "in_chans": 1, "num_classes": 3}
     model = VisionTransformer(**shape, embed_dim=WIDTH, num_heads=HEADS, depth=DEPTH, mlp_ratio=1.0)
-    METHODS[method].adapt(model, replace(tiny.CONFIG, method=method, **OPTIONS))
+    METHODS[method].adapt(model, replace(tiny.CONFIG, method=method, **OPTIONS, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -131,12 +167,14 @@ def batch(worker, client: int, part: str) -> tuple[Tensor, Tensor]:
     return (worker.data.inputs[chosen].double() - 127.5) / 127.5, worker.data.labels[chosen]
 
 
-@pytest.mark.parametrize("method", METHOD_PARTS)
-def test_two_rounds_are_gradient_descent_a_mean_of_the_backbone_and_a_plugin_per_client(method: str) -> None:
-    added, parts = METHOD_PARTS[method]
+@pytest.mark.parametrize("case", METHOD_PARTS)
+def test_two_rounds_are_gradient_descent_a_mean_of_the_backbone_and_a_plugin_per_client(case: str) -> None:
+    added, parts = METHOD_PARTS[case]
+    method, _, mode = case.partition(" ")
+    options = {"mode": mode} if mode else {}
     local = {*added, "head.weight", "head.bias"}
-    worker, state, config = tiny.federation(method, model=vit(method), **OPTIONS)
-    start = {name: value.detach().double().clone() for name, value in vit(method).named_parameters()}
+    worker, state, config = tiny.federation(method, model=vit(method, **options), **OPTIONS, **options)
+    start = {name: value.detach().double().clone() for name, value in vit(method, **options).named_parameters()}
     assert local < start.keys()
     shared = {name: value for name, value in start.items() if name not in local}
     own = [{name: start[name] for name in local} for _ in range(config.clients)]
