@@ -15,10 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedperfix.config import ConfigError, Parser, TrainConfig, given, parse_args
+from fedperfix.config import ConfigError, Parser, TrainConfig, given, parse_args, suggestion
 from fedperfix.data import Dataset, load_dataset
 from fedperfix.engine.state import unpadded
 from fedperfix.methods import METHODS, Method, method_class
+from fedperfix.methods.custom import is_custom
 from fedperfix.models import input_shape, model_for
 from fedperfix.run.cli import cli
 from fedperfix.run.files import write_text
@@ -136,9 +137,15 @@ def _print(argv: list[str], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("method", "stored", "local", "up", "down", "MB", "forward", "backward"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for name in arguments.methods:
-        method_class(name)  # says what it takes before anything is counted
-        costs = count_costs(replace(config, method=name), dataset)
+    left_out = []
+    for name in arguments.methods or METHODS:
+        try:
+            costs = count_costs(_with_method(config, name), dataset)
+        except ConfigError as error:
+            if arguments.methods:
+                raise
+            left_out.append(f"{name}: left out ({error})")
+            continue
         counts = (
             costs.parameters_stored,
             costs.parameters_local,
@@ -149,6 +156,8 @@ def _print(argv: list[str], console: Console) -> None:
         flops = (costs.flops_forward_per_image, costs.flops_backward_per_image)
         table.add_row(name, *(f"{n / 1e6:.3f}" for n in counts), f"{sent:,.1f}", *(f"{n / 1e9:.3f}" for n in flops))
     console.print(table)
+    for line in left_out:
+        print_plain(console, line)
     print_plain(console, "stored, local: million parameters of a client; up, down: those that it sends and is sent")
     print_plain(console, f"MB: per round, up and down, of {config.sampled} sampled clients together")
     print_plain(console, f"forward, backward: GFLOP of one {'text' if dataset.is_text else 'image'}")
@@ -161,8 +170,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="All other options are those of python -m fedperfix.train.",
         allow_abbrev=False,
     )
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="default: all that the model and the options allow"
+    )
     return parser
+
+
+def _with_method(config: TrainConfig, name: str) -> TrainConfig:
+    if name not in METHODS and not is_custom(name):
+        takes = f"takes names of {', '.join(METHODS)}" + suggestion(name, METHODS)
+        raise ConfigError(f"--methods: got '{name}', {takes}")
+    return replace(config, method=name)
 
 
 if __name__ == "__main__":

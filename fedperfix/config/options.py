@@ -570,6 +570,8 @@ def _check_field(name: str, kind: Kind, value: Any) -> None:
                 + (f" or {prefix}NAME" if prefix else "")
                 + suggestion(value, choices)
             )
+    elif kind.base is float and not math.isfinite(value):
+        raise _wrong(name, value, _range_in_words("a finite number", rules))
     elif kind.base in (int, float) and not _within(value, rules):
         raise _wrong(name, value, _range_in_words(WORDS[kind.base], rules))
 
@@ -595,7 +597,7 @@ def _range_in_words(noun: str, rules: typing.Mapping[str, Any]) -> str:
         )
         if rules[rule] is not None
     ]
-    return f"{noun} " + (" and ".join(limits) or "that is finite")
+    return f"{noun} {' and '.join(limits)}".rstrip()
 
 
 def _wrong(name: str, value: object, takes: str) -> ConfigError:

@@ -101,6 +101,8 @@ def read_npz(file: Path, required: Sequence[str], optional: Sequence[str] = ()) 
     if not file.is_file():
         raise DataError(f"--data-dir: got '{file}', which is not a file; takes the path of an .npz file")
     try:
+        if not zipfile.is_zipfile(file) and not file.read_bytes()[:6] == np.lib.format.MAGIC_PREFIX:
+            raise ValueError("it is no whole zip archive")
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.methods.base import Method
+from fedperfix.models.groups import parameter_groups
 
 
 class VanillaAttention(Method):
@@ -16,3 +20,11 @@ class VanillaAttention(Method):
     summary = "self-attention layers and head local, the rest shared"
     reference = "Sun et al., ICCV 2023, arXiv 2308.09160"
     local_groups = ("attention", "head")
+
+    @classmethod
+    def adapt(cls, model: nn.Module, config: TrainConfig) -> None:
+        if not parameter_groups(model)["attention"]:
+            raise ConfigError(
+                f"--model: got '{config.model}', takes a model with attention layers, which --method {cls.name} "
+                "keeps local"
+            )

@@ -306,7 +306,9 @@ def read_published(text: str) -> dict[str, float]:
     Raises:
         ConfigError: no such file or table.
     """
-    file, _, name = text.rpartition(":")
+    file, colon, name = text.rpartition(":")
+    if not colon:
+        raise ConfigError(f"--published: got '{text}', takes FILE.toml:TABLE or paper:TABLE")
     file = str(_PAPER) if file == "paper" else file
     try:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))

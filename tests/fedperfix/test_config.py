@@ -135,10 +135,10 @@ def test_missing_or_unreadable_file(tmp_path):
     [
         ("--alpha -1", r"^--alpha: got -1\.0, takes a number above 0$"),
         ("--alpha 0", r"^--alpha: got 0\.0, takes a number above 0$"),
-        ("--alpha nan", r"^--alpha: got nan, takes a number above 0$"),
-        ("--lr inf", r"^--lr: got inf, takes a number above 0$"),
+        ("--alpha nan", r"^--alpha: got nan, takes a finite number above 0$"),
+        ("--lr inf", r"^--lr: got inf, takes a finite number above 0$"),
         ("--lr 0", r"^--lr: got 0\.0, takes a number above 0$"),
-        ("--gate nan", r"^--gate: got nan, takes a number that is finite$"),
+        ("--gate nan", r"^--gate: got nan, takes a finite number$"),
         ("--sampled 33", r"^--sampled: got 33, takes at most --clients, which is 32$"),
         ("--clients 0", r"^--clients: got 0, takes a whole number of at least 1$"),
         ("--rounds -4", r"^--rounds: got -4, takes a whole number of at least 1$"),

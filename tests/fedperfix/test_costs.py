@@ -91,9 +91,23 @@ def test_the_command_prints_a_line_per_method(capsys: pytest.CaptureFixture) -> 
     assert any("fedper" in line and "0.454" in line and "0.001" in line for line in lines)
 
 
+def test_methods_that_the_model_cannot_carry_are_named_and_the_others_counted(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert main(["--model", "cnn-mini"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith((" fedavg ", "fedavg ")) for line in lines)
+    left_out = {line.split(":")[0] for line in lines if ": left out (" in line}
+    assert {"fedperfix", "prompts", "lora", "vanilla-attention"} <= left_out
+    assert main(["--model", "cnn-mini", "--methods", "fedavg", "fedperfix"]) == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
-    [("--method fedavg", "--method: --methods says it"), ("--methods fedavgg", "--method: got 'fedavgg'")],
+    [
+        ("--method fedavg", "--method: --methods says it"),
+        ("--methods fedavgg", "--methods: got 'fedavgg', takes"),
+    ],
 )
 def test_wrong_input_is_one_sentence(argv: str, sentence: str, capsys: pytest.CaptureFixture) -> None:
     assert main(argv.split()) == 2

@@ -145,6 +145,7 @@ def test_the_authors_protocol_and_domains(tmp_path: Path) -> None:
         (["empty"], "DIR: 'empty' has no run in it"),
         (["study", "--reference", "fedperfx"], "--reference: got 'fedperfx', takes one of fedperfix;"),
         (["study", "--out", "mine"], "--out: 'mine/README.md' is not a report of this program"),
+        (["study", "--published", "paper"], "--published: got 'paper', takes FILE.toml:TABLE or paper:TABLE"),
         (["study", "--published", "no.toml:t"], "--published: cannot read 'no.toml'"),
         (["study", "--published", "p.toml:t"], "--published: 'p.toml' has no table 't', takes one of u"),
         (["young"], "no run in 'young' has an evaluation yet"),
