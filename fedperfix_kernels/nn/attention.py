@@ -155,6 +155,9 @@ class PrefixAttention(nn.Module):
         """
         self._check(x, is_causal)
         masks = _mask_options(attn_mask, x)
+        if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
+            # Once, not in each of the products that read x.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self._additive(x, masks) if self._adds_in_the_projection(x) else self._attend(x, masks)
         out = self.norm(out.flatten(2))  # [B, N, H·D]
         if self.gate is not None:
