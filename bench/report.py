@@ -202,7 +202,7 @@ def _peers_of(record: dict[str, Any]) -> str:
         f"{record['date']}, commit {record['commit']}, {_threads(record)}PyTorch {versions['torch']}, "
         f"Triton {versions['triton']}.",
         "",
-        "| work | contestant | seconds a round (range) | processor seconds | memory | ours is faster by | target |",
+        "| work | contestant | seconds a round (range) | CPU seconds | memory | speed against the peer | target |",
         "|---|---|---|---|---|---|---|",
     ]
     for session in record["sessions"]:
