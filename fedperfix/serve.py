@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import shutil
 import sys
 import tempfile
@@ -189,25 +190,34 @@ class PersonalizedModel:
             ServingError: inputs of another shape or type, as many clients as there are not inputs, an unknown
                 client, or a client's file that is damaged or belongs to another model.
         """
-        owners = [int(client) for client in clients]
-        self._check(inputs, owners)
-        if not owners:
-            return torch.empty(0, len(self.classes), device=self.device)
-        return forward_clients(
-            self._model, self._rows, self._preprocess(inputs.to(self.device)), owners, self._dtype
-        )
-
-    def _check(self, inputs: Tensor, owners: Sequence[int]) -> None:
-        if not isinstance(inputs, Tensor) or inputs.dtype.is_floating_point or inputs.dtype == torch.bool:
-            got = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ServingError(f"inputs: got {got}, takes a tensor of whole numbers: uint8 pixels or token ids")
-        texts = "num_tokens" in self._shape
-        fits = inputs.dim() == 2 if texts else inputs.dim() == 4 and inputs.shape[1] == self._shape["channels"]
-        if not fits:
-            takes = "[B, tokens]" if texts else f"[B, {self._shape['channels']}, height, width]"
-            raise ServingError(f"inputs: got shape {list(inputs.shape)}, takes {takes}")
+        owners = _whole_numbers(clients)
+        self._check(inputs)
         if len(inputs) != len(owners):
             raise ServingError(f"clients: got {len(owners)} of them for {len(inputs)} inputs, takes one for each")
+        if not owners:
+            return torch.empty(0, len(self.classes), device=self.device)
+        inputs = inputs.to(self.device, torch.int64 if "num_tokens" in self._shape else torch.uint8)
+        return forward_clients(self._model, self._rows, self._preprocess(inputs), owners, self._dtype)
+
+    def _check(self, inputs: Tensor) -> None:
+        if "num_tokens" in self._shape:
+            self._check_texts(inputs)
+            return
+        if not isinstance(inputs, Tensor) or inputs.dtype != torch.uint8:
+            raise ServingError(f"inputs: got {_type(inputs)}, takes a tensor of uint8 pixels")
+        channels = self._shape["channels"]
+        if inputs.dim() != 4 or inputs.shape[1] != channels or 0 in inputs.shape[2:]:
+            raise ServingError(f"inputs: got shape {list(inputs.shape)}, takes [B, {channels}, height, width]")
+
+    def _check_texts(self, inputs: Tensor) -> None:
+        if not isinstance(inputs, Tensor) or inputs.dtype.is_floating_point or inputs.dtype == torch.bool:
+            raise ServingError(f"inputs: got {_type(inputs)}, takes a tensor of token ids, which are whole numbers")
+        length, most = self._shape["length"], self._shape["num_tokens"] - 1
+        if inputs.dim() != 2 or not 0 < inputs.shape[1] <= length:
+            raise ServingError(f"inputs: got shape {list(inputs.shape)}, takes [B, 1 to {length} tokens]")
+        if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) <= most:
+            got = f"{int(inputs.min())} to {int(inputs.max())}"
+            raise ServingError(f"inputs: got token ids from {got}, takes 0 to {most}")
 
     def _rows(self, clients: list[int]) -> dict[str, Tensor]:
         for client in dict.fromkeys(clients):
@@ -232,6 +242,18 @@ class PersonalizedModel:
         return {name: value.to(self.device) for name, value in tensors.items()}
 
 
+def _whole_numbers(clients: Iterable[int] | Tensor) -> list[int]:
+    numbers = clients.tolist() if isinstance(clients, Tensor) else list(clients)
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise ServingError(f"clients: got {clients!r:.80}, takes a whole number for each input") from error
+
+
+def _type(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return read_tensors(FORMAT, path)
@@ -254,8 +276,11 @@ def load(
 
     Raises:
         ServingError: the folder's files cannot be used.
-        ConfigError: no such device, or a precision that it does not have.
+        ConfigError: no such device or precision, or a negative `cached`.
     """
+    TrainConfig(device=device, precision=precision).validate()
+    if cached < 0:
+        raise ConfigError(f"cached: got {cached}, takes 0 or more clients")
     return PersonalizedModel(Path(folder), resolve_device(device), precision, cached)
 
 

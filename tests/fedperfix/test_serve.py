@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedperfix.config import parse_args
+from fedperfix.config import ConfigError, parse_args
 from fedperfix.run import checkpoint
 from fedperfix.serve import CLIENTS, MODEL, ServingError, load, main
 from fedperfix.train import build
@@ -163,8 +163,10 @@ def test_clients_files_that_do_not_belong(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "clients", "match"),
     [
-        (torch.zeros(2, 1, 8, 8), [0, 1], "inputs: got torch.float32, takes a tensor of whole numbers"),
+        (torch.zeros(2, 1, 8, 8), [0, 1], "inputs: got torch.float32, takes a tensor of uint8 pixels"),
+        (torch.full((1, 1, 8, 8), 300), [0], "inputs: got torch.int64, takes a tensor of uint8 pixels"),
         ([[0]], [0], "inputs: got list, takes a tensor"),
+        (torch.zeros(1, 1, 0, 8, dtype=torch.uint8), [0], r"inputs: got shape \[1, 1, 0, 8\]"),
         (
             torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
             [0, 1],
@@ -176,6 +178,8 @@ def test_clients_files_that_do_not_belong(exported: Path) -> None:
             [0],
             "clients: got 1 of them for 2 inputs",
         ),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), ["a"], r"clients: got \['a'\], takes a whole number for each"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.tensor([0.5]), "clients: got tensor.* takes a whole"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), [77], "clients: got 77, which has no file"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), [-1], "clients: got -1, which has no file"),
     ],
@@ -184,6 +188,36 @@ def test_requests_that_cannot_be_answered(inputs, clients, match: str, exported:
     with pytest.raises(ServingError, match=match) as caught:
         load(exported)(inputs, clients)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_that_cannot_be_answered() -> None:
+    trained("--dataset", "wordnet-glosses", "--model", "text-mini", "--samples", "300")
+    assert main(["run", "out"]) == 0
+    model = load("out", device="cpu", precision="fp32")
+    length, most = model._shape["length"], model._shape["num_tokens"] - 1
+    for inputs, match in (
+        (torch.zeros(1, 4), "inputs: got torch.float32, takes a tensor of token ids"),
+        (torch.zeros(1, length + 1, dtype=torch.int64), rf"takes \[B, 1 to {length} tokens\]"),
+        (torch.tensor([[1, most + 1]]), f"inputs: got token ids from 1 to {most + 1}, takes 0 to {most}"),
+        (torch.tensor([[-1, 1]]), "inputs: got token ids from -1 to 1"),
+    ):
+        with pytest.raises(ServingError, match=match):
+            model(inputs, [0])
+    expected = model(torch.tensor([[1, 2, 3]]), [0])
+    torch.testing.assert_close(model(torch.tensor([[1, 2, 3]], dtype=torch.uint8), [0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"device": "tpu"}, "--device: got tpu, takes auto, cpu, cuda, cuda:N or mps"),
+        ({"precision": "fp8"}, "--precision: got 'fp8', takes one of"),
+        ({"cached": -1}, "cached: got -1, takes 0 or more"),
+    ],
+)
+def test_options_of_loading(options: dict, match: str, exported: Path) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load(exported, **options)
 
 
 def test_no_more_clients_than_asked_for_stay_in_memory(exported: Path) -> None:
