@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -35,6 +36,22 @@ class FlowerSettings:
     flower_timeout: float = 3600.0
     flower_patience: float = 900.0
 
+    def validate(self) -> FlowerSettings:
+        """These settings.
+
+        Raises:
+            ConfigError: a folder without a name, or a time that is no number of seconds.
+        """
+        for name in ("flower_server_dir", "flower_state_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f"{name}: got {value!r}, takes the name of a folder")
+        for name in ("flower_wait", "flower_timeout", "flower_patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"{name}: got {value!r}, takes a number of seconds above 0")
+        return self
+
 
 def to_run_config(config: TrainConfig, settings: FlowerSettings) -> dict[str, bool | int | float | str]:
     """The table for the app; an option that is not set is an empty text."""
@@ -58,7 +75,7 @@ def from_run_config(table: Mapping[str, bool | int | float | str]) -> tuple[Trai
     values = {name: _value(name, value) for name, value in rest.items()}
     config = TrainConfig(**values).validate()
     check(config)
-    return config, FlowerSettings(**own)
+    return config, FlowerSettings(**own).validate()
 
 
 def check(config: TrainConfig) -> None:

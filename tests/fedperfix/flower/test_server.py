@@ -356,6 +356,10 @@ def test_the_configuration_is_carried_as_scalars() -> None:
         ({"learning_rate": 1.0}, "learning_rate: is no option of a run with Flower"),
         ({"resume": "x"}, "resume: is no option of a run with Flower"),
         ({"rounds": 0}, "--rounds: got 0, takes a whole number of at least 1"),
+        ({"flower_wait": -1}, "flower_wait: got -1, takes a number of seconds above 0"),
+        ({"flower_patience": "long"}, "flower_patience: got 'long', takes a number of seconds"),
+        ({"flower_timeout": float("nan")}, "flower_timeout: got nan, takes a number of seconds"),
+        ({"flower_server_dir": ""}, "flower_server_dir: got '', takes the name of a folder"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(changes: dict, match: str) -> None:
