@@ -43,6 +43,7 @@ class Worker:
         clients_per_step: how many train in one batch; `engine.stacked` chooses.
         shared_batches: whether clients are tested in shared batches; `engine.evaluate` chooses.
         beside: workers on which other clients take their turns at the same time; `engine.parallel` chooses.
+        noise_seed: of the noise of `--dp local`; a client's machine of its own has a secret one.
         eager_in_training: timm's attention layers that are fused in tests only.
         poll: called before every batch; what it raises ends the turn.
     """
@@ -73,6 +74,7 @@ class Worker:
         # products of matrices (`fedperfix_kernels` knows that of its own attention).
         slow = device.type == "cpu" and self.dtype is not None
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
+        self.noise_seed = config.seed
         self.clients_per_step = 1
         self.shared_batches = False
         self.beside: tuple[Worker, ...] = ()

@@ -113,7 +113,7 @@ def train_cohort(
 def _send(upload: Tensor, start: Tensor, worker: Worker, client: Client, liars: frozenset[int]) -> None:
     """What becomes, in place, of the shared parameters of a client on their way to the server."""
     if worker.config.dp == "local":
-        randomise(upload, start, worker.config, client.index, client.round)
+        randomise(upload, start, worker.config, worker.noise_seed, client.index, client.round)
     if client.index in liars:
         falsify(upload, start, worker.config, client.index, client.round)
 

@@ -13,8 +13,9 @@ deviation z C, z of `--dp-noise`, is z/2 times the sensitivity.
   which it took part; nobody but itself is trusted, and nothing is gained by the sampling.
 
 McMahan, Ramage, Talwar, Zhang: Learning Differentially Private Recurrent Language Models, ICLR 2018, arXiv
-1710.06963, clip and add noise like this. The noise comes from the run's seed, which must be secret for the
-guarantee to hold, and from a generator that is made for simulation, not for cryptography.
+1710.06963, clip and add noise like this. In one process the noise comes from the run's seed, which must be secret
+for the guarantee to hold; with Flower the server or each node draws a secret of its own. The generator is made for
+simulation, not for cryptography.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def largest_ratio(config: TrainConfig) -> float:
     return math.inf if config.dp == "central" else config.max_update_ratio
 
 
-def randomise(upload: Tensor, start: Tensor, config: TrainConfig, client: int, round: int) -> None:
+def randomise(upload: Tensor, start: Tensor, config: TrainConfig, seed: int, client: int, round: int) -> None:
     """Clip a client's update and add its noise, in place in what it sends, [P_shared], given where it started.
 
-    An update that is not finite counts as none.
+    The noise is a function of `seed`, client and round. An update that is not finite counts as none.
     """
     update = upload - start
     norm = torch.linalg.vector_norm(update)
@@ -81,7 +82,7 @@ def randomise(upload: Tensor, start: Tensor, config: TrainConfig, client: int, r
         update *= config.dp_clip / norm.clamp_min(config.dp_clip)
     else:  # a NaN that no noise hides would tell that the client diverged
         update.zero_()
-    generator = torch.Generator().manual_seed(torch_seed(config.seed, "local noise", client=client, round=round))
+    generator = torch.Generator().manual_seed(torch_seed(seed, "local noise", client=client, round=round))
     noise = torch.randn(upload.numel(), generator=generator).to(upload)
     upload.copy_(start + update + config.dp_clip * config.dp_noise * noise)
 

@@ -35,7 +35,8 @@ class RoundResult:
         train_loss, train_accuracy: mean over the training images while training, accuracy in percent; None if all
             clients were dropped.
         train_images: how many images went through training.
-        local: the sampled clients, each tested after its training, before the aggregation.
+        local: the sampled clients, each tested after its training, before the aggregation; None
+            if none of them could be used.
         personalised: all clients (or `--eval-clients` of them), tested with the new global parameters and their
             own (protocol `final`); None between evaluations.
         mixed: the same, tested as the authors' released code does (protocol `authors-code`): the sampled ones
@@ -52,7 +53,7 @@ class RoundResult:
     train_loss: float | None
     train_accuracy: float | None
     train_images: int
-    local: Evaluation
+    local: Evaluation | None
     personalised: Evaluation | None
     mixed: Evaluation | None
     bytes_up: int

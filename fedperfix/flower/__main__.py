@@ -6,12 +6,14 @@ The options are those of python -m fedperfix.train; they become the app's config
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from fedperfix import __version__
 from fedperfix.config import ConfigError, parse_args
-from fedperfix.flower.settings import FlowerSettings, check, to_run_config
+from fedperfix.flower.settings import FlowerSettings, check, refuse_local_options, to_run_config
+from fedperfix.methods.custom import is_custom
 from fedperfix.run.cli import cli
 from fedperfix.run.files import write_text
 
@@ -49,14 +51,15 @@ clientapp = "app:client_app"
 _COMMANDS = """written      {dir}/app.py, {dir}/pyproject.toml
 
 In every terminal, for work without Flower's servers and without installing packages in the middle of a run:
-  export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+  export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
-Simulation of {clients} clients on this machine (pip install 'flwr[simulation]'):
-  flower-superlink --insecure --simulation --disable-runtime-dependency-installation
+Simulation of {clients} clients on this machine, with `address = ":local:"` in the connection `local` of Flower's
+configuration, as it is at first (`flwr config list` says where that is):
+  {simulation}
 
-Deployment, one command per machine (docs/flower.md has certificates and keys):
+Deployment, one command per machine (docs/flower.md has certificates, keys, and who may reach the server):
   flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key \\
-      --enable-supernode-auth --disable-runtime-dependency-installation --host 0.0.0.0
+      --enable-supernode-auth --disable-runtime-dependency-installation --host 0.0.0.0 --port 8000
   flwr supernode register client-0.pub mine
   flower-supernode --superlink SERVER:8000 --root-certificates ca.crt --auth-supernode-private-key client-0 \\
       --node-config 'partition-id=0 state-dir="/var/lib/fedperfix"'
@@ -84,6 +87,7 @@ def main(argv: list[str]) -> int:
     target = Path(argv[1])
     if target.exists():
         raise ConfigError(f"DIR: '{target}' exists; takes the name of a new folder")
+    refuse_local_options(argv[2:])
     config = parse_args(argv[2:])
     check(config)
     table = to_run_config(config, FlowerSettings())
@@ -91,8 +95,16 @@ def main(argv: list[str]) -> int:
     write_text(target / "app.py", _APP)
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
     write_text(target / "pyproject.toml", _PROJECT.format(version=__version__, config=lines))
-    print(_COMMANDS.format(dir=target, clients=config.clients))
+    quoted, simulation = shlex.quote(str(target)), shlex.join(simulation_command(target, config.clients))
+    print(_COMMANDS.format(dir=quoted, clients=config.clients, simulation=simulation))
+    if is_custom(config.method):
+        print(f"The method is read from '{config.method}': every node and the server need that file at that place.")
     return 0
+
+
+def simulation_command(app: Path, clients: int) -> list[str]:
+    """The words that run an app in Flower's simulation, with one node for each client."""
+    return ["flwr", "run", str(app), "local", "--stream", "--federation-config", f"num-supernodes={clients}"]
 
 
 if __name__ == "__main__":

@@ -23,14 +23,21 @@ from torch import Tensor
 from fedperfix.config import ConfigError
 from fedperfix.data import DataError
 from fedperfix.flower.node import Answer, Node, NodeError
-from fedperfix.flower.server import Coordinator
+from fedperfix.flower.server import Coordinator, NoAnswers, Silence, check_description
 from fedperfix.flower.settings import from_run_config
 from fedperfix.run.cli import USER_ERRORS, sentence
 
 _ARRAYS, _WORDS, _TROUBLE = "arrays", "words", "trouble"
 _PAUSE, _ATTEMPTS = 0.5, 3
-_INFO = 20
+_INFO, _MOST_TEXT = 20, 1000
 _TYPES = {"train": MessageType.TRAIN, "test": MessageType.EVALUATE, "describe": MessageType.QUERY}
+
+_NUMBER, _TEXT = (int, "a whole number"), (str, "a text")
+# What a node's own configuration may have; Flower's simulation gives the first two.
+_PLACE = {
+    "partition-id": _NUMBER, "num-partitions": _NUMBER, "own-data": (bool, "true or false"),
+    "state-dir": _TEXT, "data-dir": _TEXT, "cache-dir": _TEXT, "device": _TEXT,
+}  # fmt: skip
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -64,7 +71,7 @@ def _tensor(array: Array) -> Tensor:
         raise ValueError(f"its arrays are {array.stype}, not numpy.ndarray")
     try:
         value = array.numpy()  # without pickle
-    except (TypeError, ValueError, EOFError, OSError) as error:
+    except (TypeError, ValueError, EOFError, OSError, MemoryError) as error:
         raise ValueError(f"its arrays cannot be read ({error})") from error
     if value.dtype not in (np.float32, np.float64, np.float16):
         raise ValueError(f"its arrays are of {value.dtype}, not of floating-point numbers")
@@ -79,10 +86,20 @@ def _node(run: tuple[tuple[str, Any], ...], own: tuple[tuple[str, Any], ...]) ->
         if name.replace("_", "-") in place:
             table[name] = place[name.replace("_", "-")]
     config, settings = from_run_config(table)
+    _check_place(place)
+    folder = Path(place.get("state-dir", settings.flower_state_dir)).expanduser()
+    return Node(config, place["partition-id"], folder, place.get("own-data", False))
+
+
+def _check_place(place: Mapping[str, Any]) -> None:
     if "partition-id" not in place:
         raise ConfigError("partition-id: is not in the node's configuration; takes the client's number from 0 on")
-    folder = Path(str(place.get("state-dir", settings.flower_state_dir))).expanduser()
-    return Node(config, int(place["partition-id"]), folder, bool(place.get("own-data", False)))
+    for name, value in place.items():
+        if name not in _PLACE:
+            raise ConfigError(f"{name}: is no key of a node's configuration; takes {', '.join(_PLACE)}")
+        kind, takes = _PLACE[name]
+        if type(value) is not kind:
+            raise ConfigError(f"{name}: got {value!r} in the node's configuration, takes {takes}")
 
 
 def _reply(message: Message, context: Context, kind: str) -> Message:
@@ -119,14 +136,29 @@ def test(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the run."""
+    """Play the run.
+
+    Raises:
+        RunFailed: in one sentence, so that Flower shows the run as failed.
+    """
+    try:
+        say(f"finished; the run is in {_play(grid, context)}")
+    except (NoAnswers, *USER_ERRORS) as error:
+        raise RunFailed(sentence(error)) from None
+
+
+class RunFailed(RuntimeError):
+    """The end of a run for a reason that its user can mend; the message is one sentence."""
+
+
+def _play(grid: Grid, context: Context) -> Path:
     config, settings = from_run_config(context.run_config)
     folder = Path(settings.flower_server_dir).expanduser()
     wait, timeout = settings.flower_wait, settings.flower_timeout
-    Coordinator(
-        config, folder, GridNodes(grid, settings.flower_patience), wait=wait, timeout=timeout, log=say
-    ).run()
-    say(f"finished; the run is in {folder}")
+    nodes = GridNodes(grid, wait, settings.flower_patience)
+    folder.mkdir(parents=True, exist_ok=True)
+    Coordinator(config, folder, nodes, wait=wait, timeout=timeout, log=say).run()
+    return folder
 
 
 class GridNodes:
@@ -138,11 +170,13 @@ class GridNodes:
 
     Args:
         grid: Flower's.
+        wait: seconds after which a client that has no node is given up in a round.
         patience: seconds until an order without an answer is sent again.
     """
 
-    def __init__(self, grid: Grid, patience: float) -> None:
+    def __init__(self, grid: Grid, wait: float, patience: float) -> None:
         self.grid = grid
+        self.wait = wait
         self.patience = patience
         self.node_of: dict[int, int] = {}  # by client
         self._asked: dict[str, int] = {}  # descriptions that are not there yet: node by message
@@ -161,19 +195,24 @@ class GridNodes:
         self, kind: str, orders: Mapping[int, tuple[Mapping[str, Tensor], Mapping[str, Any]]], seconds: float
     ) -> dict[int, Answer | str]:
         """See `server.Nodes`."""
-        end = time.monotonic() + seconds
+        begin = time.monotonic()
         answers: dict[int, Answer | str] = {}
         sent: dict[str, tuple[int, int, float]] = {}  # client, node and time by message
         attempts = dict.fromkeys(orders, 0)
         why = dict.fromkeys(orders, "no node of this client is there")
-        while len(answers) < len(orders) and time.monotonic() < end:
+        asked: set[int] = set()
+        while (passed := time.monotonic() - begin) < seconds:
             online = self._refresh()
+            hoped = orders.keys() if passed < self.wait else asked | orders.keys() & self.node_of.keys()
+            if answers.keys() >= hoped:
+                break
             sent = {message: place for message, place in sent.items() if place[1] in online}
             recent = time.monotonic() - self.patience
             waiting = set(orders) - answers.keys() - {client for client, _, when in sent.values() if when > recent}
             for client in sorted(waiting & self.node_of.keys()):
                 node = self.node_of[client]
                 sent[self._send(kind, node, packed(*orders[client]))] = (client, node, time.monotonic())
+                asked.add(client)
                 why[client] = f"no answer within {seconds:g} s"
             for reply in self.grid.pull_messages(list(sent)) if sent else ():
                 client, _, _ = sent.pop(reply.metadata.reply_to_message_id, (-1, 0, 0.0))
@@ -184,8 +223,9 @@ class GridNodes:
                     answers[client] = _answer(reply)
                 elif attempts[client] >= _ATTEMPTS:
                     answers[client] = f"its app failed: {reply.error.reason}"
-            time.sleep(_PAUSE)
-        return {client: answers.get(client, why[client]) for client in orders}
+            if len(answers) < len(orders):
+                time.sleep(_PAUSE)
+        return {client: answers.get(client, Silence(why[client])) for client in orders}
 
     def _refresh(self) -> set[int]:
         """Ask new nodes which client they are; returns the nodes that are there."""
@@ -207,10 +247,14 @@ class GridNodes:
             if isinstance(answer, str):
                 say(f"node {node}: {answer}")
                 continue
-            client = answer[1].get("client")
+            trouble = check_description(answer[1])
+            if trouble is not None:
+                say(f"node {node}: {trouble}; left out")
+                continue
+            client = answer[1]["client"]
             if client in self.node_of:
                 say(f"node {node}: says that it is client {client}, which node {self.node_of[client]} is; left out")
-            elif type(client) is int:
+            else:
                 self.node_of[client], self._said[client] = node, answer[1]
         return online
 
@@ -220,8 +264,9 @@ class GridNodes:
 
 
 def _answer(reply: Message) -> Answer | str:
-    if _TROUBLE in reply.content:
-        return str(reply.content[_TROUBLE][_TROUBLE])
+    trouble = reply.content.get(_TROUBLE)
+    if trouble is not None:
+        return str(trouble.get(_TROUBLE, "it does not say what is wrong"))[:_MOST_TEXT].replace("\n", " ")
     try:
         return unpacked(reply.content)
     except ValueError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from fedperfix.engine.evaluate import Evaluation, evaluate
 from fedperfix.engine.screen import finite_rows
 from fedperfix.engine.stopwatch import Stopwatch
 from fedperfix.engine.table import CLIENT, PERSONAL
-from fedperfix.run.files import remove_parts
+from fedperfix.run.files import remove_parts, write_text
 from fedperfix.run.slots import available
 from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tensors
 from fedperfix.train import Federation, assemble, build
@@ -34,6 +35,8 @@ from fedperfix_kernels import ParameterArena
 
 FORMAT = Format("fedperfix-node")
 SHARED, EXTRA, SERVER = "shared", "extra.", "server."
+_SECRET_BITS = 128
+_LOST = "put it back from a copy; without it the client stays left out of this run"
 SCORES = ("loss", "correct", "images", "auc", "f1")
 Scalars = Mapping[str, Any]
 Answer = tuple[dict[str, Tensor], dict[str, Any]]
@@ -64,19 +67,12 @@ class Node:
         self.client = client
         self.folder = folder
         self.federation = _with_own_data(self.config, client) if own_data else _divided(self.config)
+        if config.dp == "local":
+            self.federation.worker.noise_seed = _secret(folder, client)
 
     def describe(self) -> dict[str, Any]:
         """What the server needs to know of this node: no more than sizes and names of classes."""
-        dataset = self.federation.dataset
-        shape = {"channels": dataset.inputs.shape[1], "image_hw": list(dataset.inputs.shape[2:])}
-        if dataset.is_text:
-            shape = {"num_tokens": dataset.num_tokens, "length": dataset.inputs.shape[1]}
-        return {
-            "client": self.client,
-            "shape": json.dumps(shape),
-            "classes": json.dumps(list(dataset.class_names)),
-            **self._marks(),
-        }
+        return {"client": self.client, **self._data(), **self._marks()}
 
     def train(self, order: Scalars, arrays: Mapping[str, Tensor]) -> Answer:
         """Train from the global parameters and the client's own state; keep the new one, return the update.
@@ -110,10 +106,22 @@ class Node:
         worker, state = self.federation.worker, self.federation.state
         return {}, {"client": self.client, **_scores(evaluate(worker, state, [self.client], order["round"]))}
 
+    def _data(self) -> dict[str, str]:
+        """What all clients must have in common: the inputs' shape and the classes."""
+        dataset = self.federation.dataset
+        shape = {"channels": dataset.inputs.shape[1], "image_hw": list(dataset.inputs.shape[2:])}
+        if dataset.is_text:
+            shape = {"num_tokens": dataset.num_tokens, "length": dataset.inputs.shape[1]}
+        return {"shape": json.dumps(shape), "classes": json.dumps(list(dataset.class_names))}
+
     def _marks(self) -> dict[str, Any]:
-        """What must not change from answer to answer: its training images, and the model that it starts with."""
+        """What must not change from answer to answer: its training images, its kind of data, and the model."""
         worker = self.federation.worker
-        return {"train": len(worker.data.train[self.client]), "model": model_mark(worker.arena)}
+        return {
+            "train": len(worker.data.train[self.client]),
+            "data": data_mark(self._data()),
+            "model": model_mark(worker.arena),
+        }
 
     def _begin(self, order: Scalars, arrays: Mapping[str, Tensor]) -> None:
         state, method = self.federation.state, self.federation.worker.method
@@ -131,10 +139,10 @@ class Node:
                 tensors, metadata = read_tensors(FORMAT, path)
             except FileNotFoundError as error:
                 raise NodeError(
-                    f"client {self.client}: has no state of round {order['kept']} in '{path.parent}'"
+                    f"client {self.client}: has no state of round {order['kept']} in '{path.parent}'; {_LOST}"
                 ) from error
             except TensorsError as error:
-                raise NodeError(f"client {self.client}: {error}") from error
+                raise NodeError(f"client {self.client}: {error}; {_LOST}") from error
             if metadata.get("client") != str(self.client):
                 raise NodeError(f"client {self.client}: '{path}' is of another client")
             state.table.write([self.client], {name: value[None] for name, value in tensors.items()})
@@ -155,6 +163,11 @@ class Node:
         return self.folder / order["token"] / f"client-{self.client}" / f"round-{round:06}.safetensors"
 
 
+def data_mark(said: Mapping[str, Any]) -> str:
+    """A digest of the inputs' shape and the names of the classes, as `Node.describe` says them."""
+    return hashlib.sha256(f"{said['shape']}\n{said['classes']}".encode()).hexdigest()
+
+
 def model_mark(arena: ParameterArena) -> str:
     """A digest of which parameters are shared, of which shapes, and of the values of the frozen ones."""
     layout = arena.shared_layout
@@ -163,6 +176,19 @@ def model_mark(arena: ParameterArena) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _secret(folder: Path, client: int) -> int:
+    """The seed of this client's noise, drawn once and never sent; an order that comes twice gets the same noise."""
+    path = folder / f"client-{client}.noise-seed"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{secrets.randbits(_SECRET_BITS)}\n")
+        path.chmod(0o600)
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"state-dir: '{path}' is damaged; delete it, and a new one is drawn") from error
 
 
 def _divided(config: TrainConfig) -> Federation:

@@ -8,8 +8,10 @@ whose update was used, and with that each node knows which of its own states cou
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +29,8 @@ from fedperfix.engine.privacy import epsilon as spent
 from fedperfix.engine.round import RoundResult, sample_clients
 from fedperfix.engine.screen import upload_sizes, usable
 from fedperfix.engine.state import Server, unpadded
-from fedperfix.flower.node import EXTRA, SCORES, SERVER, SHARED, Answer, model_mark
-from fedperfix.methods import method_class
+from fedperfix.flower.node import EXTRA, SCORES, SERVER, SHARED, Answer, data_mark, model_mark
+from fedperfix.methods import Method, method_class
 from fedperfix.methods.aggregators import shares
 from fedperfix.models import create_model, create_text_model
 from fedperfix.run import metrics
@@ -40,7 +42,12 @@ from fedperfix_kernels import ParameterArena
 
 FORMAT, STATE = Format("fedperfix-flower-server"), "server.safetensors"
 _KEPT, _SIZES, _GLOBAL = "kept", "sizes", "global."
+_SECRET_BITS, _LARGEST = 128, 2**31
 Log = Callable[[str], None]
+
+
+class Silence(str):
+    """Why there is no answer of a client, where nothing came from it."""
 
 
 class Nodes(Protocol):
@@ -52,7 +59,7 @@ class Nodes(Protocol):
     def ask(
         self, kind: str, orders: Mapping[int, tuple[Mapping[str, Tensor], Mapping[str, Any]]], seconds: float
     ) -> dict[int, Answer | str]:
-        """Send orders (`train` or `test`) by client; what each answers, or why there is no answer."""
+        """Send orders (`train` or `test`) by client; what each answers, or why not: `Silence` if nothing came."""
 
 
 class NoAnswers(RuntimeError):
@@ -69,6 +76,7 @@ class _State:
         sizes: by client, its training images; 0 is not known.
         round: how many rounds are finished.
         token: of this run, so that nodes do not take states of another.
+        noise_seed: of the noise of `--dp central`; the nodes know the seed of the configuration, but not this one.
     """
 
     server: Server
@@ -76,6 +84,7 @@ class _State:
     sizes: list[int]
     round: int
     token: str
+    noise_seed: int
 
 
 class Coordinator:
@@ -89,7 +98,7 @@ class Coordinator:
         log: takes a sentence about everything that is left out.
 
     Raises:
-        ConfigError: nobody is there, the nodes' data do not fit each other, or the folder has another run.
+        ConfigError: nobody is there, or the folder has another run.
     """
 
     def __init__(
@@ -99,28 +108,42 @@ class Coordinator:
         said = nodes.describe(config.clients, wait)
         if not said:
             raise ConfigError(f"nodes: none of {config.clients} clients answered in {wait:g} s; start them first")
-        first = min(said)
-        for client in sorted(said):
-            different = [name for name in ("shape", "classes") if said[client][name] != said[first][name]]
-            if different:
-                raise ConfigError(
-                    f"nodes: client {client} has another {different[0]} than client {first} "
-                    f"({said[client][different[0]]}, {said[first][different[0]]}); give all nodes like data"
-                )
+        said = self._alike(said)
         absent = sorted(set(range(config.clients)) - said.keys())
         if absent:
             log(f"{len(absent)} of {config.clients} clients are not there: {', '.join(map(str, absent))}")
         self.method = method_class(config.method)(config)
-        model = _model(config, json.loads(said[first]["shape"]), len(json.loads(said[first]["classes"])))
+        one = next(iter(said.values()))
+        model = _model(config, json.loads(one["shape"]), len(json.loads(one["classes"])))
+        self._marks = {"data": data_mark(one)}
         self.arena = ParameterArena(model, self.method.kept_names(model), self.method.frozen_names(model))
         check_model(config, self.arena)
+        self._marks["model"] = model_mark(self.arena)
         self.state = self._start()
+        for client, words in said.items():
+            self.state.sizes[client] = self.state.sizes[client] or words["train"]
+        sizes = [words["train"] for words in said.values()]
+        log(f"{len(said)} clients are there, with {min(sizes)} to {max(sizes)} training images")
+
+    def _alike(self, said: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+        """The clients whose inputs and classes are those of most; what the others have goes to the log."""
+        kinds = Counter(data_mark(words) for _, words in sorted(said.items()))  # of equal ones the first
+        usual = max(kinds, key=kinds.__getitem__)
+        alike = {client: words for client, words in sorted(said.items()) if data_mark(words) == usual}
+        one = next(iter(alike.values()))
+        for client in sorted(said.keys() - alike.keys()):
+            name = next(name for name in ("shape", "classes") if said[client][name] != one[name])
+            self.log(
+                f"client {client} has another {name} than most ({said[client][name]:.80}, {one[name]:.80}) and is "
+                "left out; give all nodes like data"
+            )
+        return alike
 
     def run(self) -> None:
         """Play the rounds that are left.
 
         Raises:
-            NoAnswers: of a round; the state of before is saved.
+            NoAnswers: of a round in which nothing came from any client; the state of before is saved.
         """
         while self.state.round < self.config.rounds:
             begin = time.perf_counter()
@@ -128,8 +151,9 @@ class Coordinator:
             record = RoundMetrics.of(result, time.perf_counter() - begin)
             metrics.append(self.folder, record)  # a round that is not in the state as well is cut off
             self._save()
-            tested = f", all {record.all_mean:.2f} %" if record.all_mean is not None else ""
-            self.log(f"round {record.round}/{self.config.rounds}: local {record.local_mean:.2f} %{tested}")
+            figures = [("local", record.local_mean), ("all", record.all_mean)]
+            said = ", ".join(f"{name} {value:.2f} %" for name, value in figures if value is not None)
+            self.log(f"round {record.round}/{self.config.rounds}: {said or 'no client could be used'}")
 
     def _round(self) -> RoundResult:
         config, state, server = self.config, self.state, self.state.server
@@ -138,20 +162,18 @@ class Coordinator:
 
         clock = time.perf_counter()
         answers = self._ask("train", sampled, round)
-        if not answers:
-            raise NoAnswers(f"round {round}: none of {len(sampled)} clients answered; run the app again to go on")
         turns = self._turns(answers)
         seconds["train"] = time.perf_counter() - clock
 
         clock = time.perf_counter()
-        rows = usable(upload_sizes(turns, server.shared), largest_ratio(config))
+        rows = usable(upload_sizes(turns, server.shared), largest_ratio(config)) if answers else []
         for row, client in enumerate(turns.clients):
             if row not in rows:
                 self.log(f"round {round}: left out client {client}, whose update is not finite or too large")
         if rows or config.dp == "central":  # whose noise must come in every round
             uploads = replace(turns.uploads(rows), round=round)
             images = [state.sizes[client] for client in uploads.clients]
-            self.method.aggregate(server, uploads, shares(config, images))
+            self._aggregating.aggregate(server, uploads, shares(config, images))
             for client in uploads.clients:
                 state.kept[client] = round
         used = [turns.clients[row] for row in rows]
@@ -166,15 +188,29 @@ class Coordinator:
         state.round = round
         return self._result(round, sampled, used, answers, everyone, seconds)
 
+    @property
+    def _aggregating(self) -> Method:
+        """The method, with the secret seed where it draws noise at the server."""
+        if self.config.dp != "central":
+            return self.method
+        return type(self.method)(replace(self.config, seed=self.state.noise_seed))
+
     def _ask(self, kind: str, clients: Sequence[int], round: int) -> dict[int, Answer]:
-        """The answers that can be used; why the others cannot goes to the log."""
+        """The answers that can be used; why the others cannot goes to the log.
+
+        Raises:
+            NoAnswers: nothing came from a client that should train.
+        """
         state = self.state
         arrays = {SHARED: state.server.shared}
         arrays |= {f"{SERVER}{name}": state.server.state[name] for name in self.method.broadcast}
         order = {"round": round, "token": state.token}
         orders = {client: (arrays, {**order, "kept": state.kept[client]}) for client in clients}
         found: dict[int, Answer] = {}
-        for client, answer in sorted(self.nodes.ask(kind, orders, self.timeout).items()):
+        said = self.nodes.ask(kind, orders, self.timeout)
+        if kind == "train" and all(isinstance(answer, Silence) for answer in said.values()):
+            raise NoAnswers(f"round {round}: none of {len(orders)} clients answered; run the app again to go on")
+        for client, answer in sorted(said.items()):
             trouble = answer if isinstance(answer, str) else self._trouble(kind, client, *answer)
             if trouble is None:
                 found[client] = answer
@@ -198,27 +234,21 @@ class Coordinator:
             got = arrays[name]
             if got.shape != value.shape or got.dtype != value.dtype:
                 return f"'{name}' is {got.dtype} {list(got.shape)}, not {value.dtype} {list(value.shape)}"
-        counts = ["client", "test_correct", "test_images"]
-        numbers = ["test_loss", "test_auc", "test_f1"]
-        if kind == "train":
-            counts += ["train_correct", "train_images", "train"]
-            numbers += ["train_loss"]
-        if not all(type(words.get(name)) is int and words[name] >= 0 for name in counts):
-            return "its counts are not whole numbers"
-        if not all(type(words.get(name)) in (int, float) for name in numbers):
-            return "its scores are not numbers"
-        if words["client"] != client or words["test_images"] == 0:
-            return "it is of another client, or has no test images"
-        if kind == "train":
-            return self._foreign(client, words)
-        return None
+        if words.get("client") != client:
+            return "it is of another client"
+        parts = ("train", "test") if kind == "train" else ("test",)
+        return next(filter(None, (_wrong_scores(part, words) for part in parts)), None) or (
+            self._foreign(client, words) if kind == "train" else None
+        )
 
     def _foreign(self, client: int, words: Mapping[str, Any]) -> str | None:
-        """Whether a client's weight or model is not what it was, or ours."""
+        """Whether a client's weight, kind of data or model is not what it was, or ours."""
         known = self.state.sizes[client]
-        if words["train"] == 0 or known not in (0, words["train"]):
-            return f"it says that it has {words['train']} training images, after {known}"
-        if words.get("model") != model_mark(self.arena):
+        if not _is_size(words.get("train")) or known not in (0, words["train"]):
+            return f"it says that it has {words.get('train')} training images, after {known or 'none'}"
+        if words.get("data") != self._marks["data"]:
+            return "its inputs or classes are not those of the others"
+        if words.get("model") != self._marks["model"]:
             return "it starts with another model, or other frozen weights"
         return None
 
@@ -228,10 +258,13 @@ class Coordinator:
         meters = [[words[f"train_{name}"] for name in SCORES[:3]] for _, words in answers.values()]
         return Turns(
             clients=clients,
-            rows=torch.stack([arrays[SHARED] for arrays, _ in answers.values()]),
-            extra={name: torch.stack([sent[f"{EXTRA}{name}"] for sent, _ in answers.values()]) for name in extra},
+            rows=_stacked([arrays[SHARED] for arrays, _ in answers.values()], self.arena.shared),
+            extra={
+                name: _stacked([sent[f"{EXTRA}{name}"] for sent, _ in answers.values()], like)
+                for name, like in extra.items()
+            },
             own={},
-            meters=torch.tensor(meters),
+            meters=torch.tensor(meters).reshape(-1, 3),
             outputs=[],
             shared_numel=self.arena.shared.numel(),
         )
@@ -258,7 +291,7 @@ class Coordinator:
             train_loss=loss / images if images else None,
             train_accuracy=100.0 * correct / images if images else None,
             train_images=sum(words["train_images"] for _, words in answers.values()),
-            local=_evaluation(answers),
+            local=_evaluation(answers) if answers else None,
             personalised=everyone,
             mixed=None,
             bytes_up=len(answers) * sizes[0],
@@ -275,7 +308,8 @@ class Coordinator:
         backend = "auto" if config.fused else "reference"
         own = self.method.server_state(arena)
         server = Server(arena.shared.clone(), arena.shared_layout, own, backend, parameters)
-        state = _State(server, [0] * config.clients, [0] * config.clients, 0, secrets.token_hex(8))
+        none, noise = [0] * config.clients, secrets.randbits(_SECRET_BITS)
+        state = _State(server, none, none.copy(), 0, secrets.token_hex(8), noise)
         path = self.folder / STATE
         self.folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -295,14 +329,19 @@ class Coordinator:
         for name, place in places.items():
             place.copy_(tensors[name])
         state.kept, state.sizes = tensors[_KEPT].tolist(), tensors[_SIZES].tolist()
-        state.round, state.token = int(words["round"]), words["token"]
+        state.round, state.token, state.noise_seed = int(words["round"]), words["token"], int(words["noise_seed"])
+        if state.round > self.config.rounds:
+            raise ConfigError(
+                f"--rounds: got {self.config.rounds}, but the run in '{self.folder}' has {state.round}; give more"
+            )
         self.log(f"goes on after round {state.round}")
 
     def _save(self) -> None:
         state = self.state
         tensors = dict(self._places(state.server))
         tensors |= {_KEPT: torch.tensor(state.kept), _SIZES: torch.tensor(state.sizes)}
-        words = {"round": str(state.round), "token": state.token, "config": config_digest(self.config)}
+        words = {"round": str(state.round), "token": state.token, "noise_seed": str(state.noise_seed)}
+        words["config"] = config_digest(self.config)
         write_tensors(FORMAT, self.folder / STATE, tensors, words)
 
     def _places(self, server: Server) -> dict[str, Tensor]:
@@ -311,6 +350,45 @@ class Coordinator:
             **{f"{_GLOBAL}{name}": view for name, view in views.items()},
             **{f"{SERVER}{name}": value for name, value in server.state.items()},
         }
+
+
+def check_description(words: Mapping[str, Any]) -> str | None:
+    """What is wrong with what a node says of itself (`Node.describe`); None if nothing is."""
+    if type(words.get("client")) is not int:
+        return "it does not say which client it is"
+    if not _is_size(words.get("train")):
+        return f"it says that it has {words.get('train')} training images"
+    try:
+        shape, classes = json.loads(words["shape"]), json.loads(words["classes"])
+        sides = shape.get("image_hw", ())
+        images = _is_size(shape.get("channels")) and len(sides) == 2 and all(map(_is_size, sides))
+        texts = shape.keys() == {"num_tokens", "length"} and all(map(_is_size, shape.values()))
+        named = bool(classes) and all(type(name) is str for name in classes)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return "it does not say what its inputs and classes are"
+    return None if (images or texts) and named else "it does not say what its inputs and classes are"
+
+
+def _wrong_scores(part: str, words: Mapping[str, Any]) -> str | None:
+    """What is wrong with a client's `train` or `test` scores; None if nothing is. A loss may be infinite or NaN."""
+    correct, images = (words.get(f"{part}_{name}") for name in ("correct", "images"))
+    if not _is_size(images) or type(correct) is not int or not 0 <= correct <= images:
+        return f"it says that {correct} of its {images} answers ({part}) are right"
+    for name in ("loss",) if part == "train" else ("loss", "auc", "f1"):
+        value = words.get(f"{part}_{name}")
+        number = type(value) in (int, float)
+        undefined = number and name == "auc" and math.isnan(value)
+        if not number or not (name == "loss" or undefined or 0 <= value <= 100):
+            return f"its {part}_{name} is {str(value)[:40]}"
+    return None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _stacked(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(list(values)) if values else like.new_empty(0, *like.shape)
 
 
 def _evaluation(answers: Mapping[int, Answer]) -> Evaluation:

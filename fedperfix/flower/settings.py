@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from fedperfix.config import ConfigError, TrainConfig
@@ -91,6 +91,18 @@ def check(config: TrainConfig) -> None:
         )
     if config.protocol != "final":
         raise ConfigError(f"--protocol: got {config.protocol}, takes final with Flower")
+
+
+def refuse_local_options(words: Sequence[str]) -> None:
+    """Refuse options of the command line that have no meaning with Flower.
+
+    Raises:
+        ConfigError: with the option's name.
+    """
+    for word in words:
+        name = word.split("=")[0]
+        if name.removeprefix("--").removeprefix("no-").replace("-", "_") in _NOT_HERE and name.startswith("--"):
+            raise ConfigError(f"{name}: is no option of a run with Flower; leave it out")
 
 
 def _value(name: str, value: bool | int | float | str) -> bool | int | float | str | None:

@@ -48,10 +48,10 @@ class RoundMetrics:
     dropped_clients: str
     train_loss: float | None
     train_accuracy: float | None
-    local_mean: float
-    local_std: float
-    local_worst: float
-    local_weighted: float
+    local_mean: float | None
+    local_std: float | None
+    local_worst: float | None
+    local_weighted: float | None
     local_loss: float | None
     sampled_mean: float | None
     sampled_std: float | None

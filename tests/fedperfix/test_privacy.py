@@ -165,7 +165,7 @@ def test_a_client_that_diverged_sends_noise_alone(value: float) -> None:
     _, _, config = federation("local", dp_clip=0.5, dp_noise=2.0)
     start, upload = torch.full((SIZE,), 7.0), torch.zeros(SIZE)
     upload[3] = value
-    privacy.randomise(upload, start, config, client=1, round=1)
+    privacy.randomise(upload, start, config, config.seed, client=1, round=1)
     assert upload.mean().item() == pytest.approx(7.0, abs=5 / math.sqrt(SIZE))
     assert upload.std().item() == pytest.approx(1.0, rel=0.02)
 

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs fedperfix[flower]")
 
 from fedperfix.flower.__main__ import main as init
+from fedperfix.flower.__main__ import simulation_command
 from tests.fedperfix.flower.deployment import BIN, Deployment, environment, kill, make_key, until
 from tests.fedperfix.flower.test_server import shared
 from tests.fedperfix.test_train_cli import ROOT
@@ -74,8 +75,7 @@ def test_a_simulation_has_the_bits_of_one_process(alone: tuple[str, float], tmp_
     (tmp_path / "home" / "config.toml").write_text(
         '[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n'
     )
-    command = [BIN / "flwr", "run", app, "local", "--stream", "--run-config", folders(tmp_path)]
-    command += ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+    command = [BIN / "flwr", *simulation_command(app, 4)[1:], "--run-config", folders(tmp_path)]
     try:
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     finally:
@@ -95,16 +95,17 @@ def test_a_deployment_has_the_bits_of_one_process_and_lets_no_stranger_in(
             there.register(f"key-{client}")
             there.node(f"key-{client}", client)
         make_key(tmp_path, "stranger")
-        strangers = {
-            "with a key that nobody registered": there.node("stranger", 0, "--max-retries=1"),
-            "without a key": there.node("no-key", 0, "--max-retries=1"),
-            "without TLS": there.node("key-0", 0, "--max-retries=1", secure=False),
+        strangers = {  # and what the server answers
+            "stranger": (there.node("stranger", 0, "--max-retries=1"), "Failed to activate SuperNode"),
+            "no-key": (there.node("no-key", 0, "--max-retries=1"), "All SuperNodes must be registered"),
+            "no-tls": (there.node("no-tls", 0, "--max-retries=1", secure=False), "Server disconnected"),
         }
         output = there.flwr("run", str(written(tmp_path)), "mine", "--stream", "--run-config", folders(tmp_path),
                             seconds=400)  # fmt: skip
         assert rounds(tmp_path / "server") == 3, output
-        for who, process in strangers.items():
-            assert process.wait(60) != 0, f"a node {who} stays"
+        for name, (process, answer) in strangers.items():
+            assert process.wait(60) != 0, f"the node {name} stays"
+            assert answer in there.log(f"node-{name}")
         assert "left out" not in output
     assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
     states = list((tmp_path / "nodes").rglob("round-*.safetensors"))
@@ -168,6 +169,9 @@ def _until_it_stays(there: Deployment, client: int) -> None:
         (["init"], "init: got 'init', takes init and the name of a new folder"),
         (["init", "x", "--method=fedtp"], "--method: got fedtp, takes another with Flower"),
         (["init", "x", "--rounds=0"], "--rounds: got 0, takes a whole number of at least 1"),
+        (["init", "x", "--run-dir=y"], "--run-dir: is no option of a run with Flower; leave it out"),
+        (["init", "x", "--parallel-clients", "2"], "--parallel-clients: is no option of a run with Flower"),
+        (["init", "x", "--no-tensorboard"], "--no-tensorboard: is no option of a run with Flower"),
         (["init", "."], "DIR: '.' exists; takes the name of a new folder"),
     ],
 )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fedperfix.config import ConfigError, TrainConfig, parse_args
 from fedperfix.flower.node import Answer, Node, NodeError
-from fedperfix.flower.server import STATE, Coordinator, NoAnswers
+from fedperfix.flower.server import STATE, Coordinator, NoAnswers, Silence
 from fedperfix.flower.settings import FlowerSettings, from_run_config, to_run_config
 from fedperfix.run import checkpoint
 from tests.fedperfix.flower.local import Change, LocalNodes
@@ -82,8 +82,14 @@ def test_the_bits_of_a_run_in_one_process(method: str) -> None:
 
 
 @pytest.mark.parametrize(("dp", "dropped"), [("central", 0), ("local", 1)])
-def test_privacy_has_the_bits_of_a_run_in_one_process(dp: str, dropped: int) -> None:
-    """Also where a client sends far too much: with central noise it is clipped, and otherwise left out."""
+def test_privacy_has_the_bits_of_a_run_in_one_process(
+    dp: str, dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the secrets are the seed; also where a client sends far too much.
+
+    With central noise it is clipped, and otherwise left out.
+    """
+    monkeypatch.setattr("secrets.randbits", lambda bits: 0)
     pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
     options = ("--method", "fedavg", "--dp", dp, "--attack", "scale", "--attack-scale", "1e6", "--sampled", "4")
     options = (*options, "--clients", "4", "--attackers", "0.25")
@@ -95,22 +101,44 @@ def test_privacy_has_the_bits_of_a_run_in_one_process(dp: str, dropped: int) -> 
     assert [row["epsilon"] for row in curves("server")] == [row["epsilon"] for row in curves("one")]
 
 
-def test_nothing_that_is_a_clients_own_is_in_an_answer() -> None:
-    config = configured("--method", "fedperfix", rounds=2)
+@pytest.mark.parametrize("dp", ["central", "local"])
+def test_the_noise_does_not_come_from_the_seed_that_all_know(dp: str) -> None:
+    pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
+    config = configured("--method", "fedavg", "--dp", dp, rounds=2)
+    coordinated(config)
+    coordinated(config, "again", nodes="again-nodes")
+    assert shared("server") != shared("again")
+    secret = {path.name for path in Path("nodes").glob("*.noise-seed")}
+    assert bool(secret) == (dp == "local")
+    for path in Path("nodes").glob("*.noise-seed"):
+        assert path.stat().st_mode & 0o077 == 0
+    if dp == "local":  # an order that comes twice has the same answer, in another process too
+        order = {"round": 1, "kept": 0, "token": "0123456789abcdef"}
+        start = Node(config, 0, Path("nodes")).federation.state.server.shared.clone()
+        first, second = (Node(config, 0, Path("nodes")).train(order, {"shared": start})[0] for _ in range(2))
+        assert torch.equal(first["shared"], second["shared"])
+        Path("nodes/client-0.noise-seed").write_text("x")
+        with pytest.raises(ConfigError, match=r"state-dir: 'nodes/client-0.noise-seed' is damaged; delete it"):
+            Node(config, 0, Path("nodes"))
+
+
+@pytest.mark.parametrize("method", ["fedperfix", "fedper", "ditto", "apfl"])
+def test_nothing_that_is_a_clients_own_is_in_an_answer(method: str) -> None:
+    config = configured("--method", method, rounds=2)
     _, nodes = coordinated(config)
     own = Node(config, 0, Path("other")).federation.worker.arena
-    assert own.local.numel() > 0
     for kind, _, (arrays, words) in nodes.sent:
         assert set(arrays) == ({"shared"} if kind == "train" else set())
         assert all(value.numel() == own.shared.numel() for value in arrays.values())
-        assert all(type(value) in (int, float) for name, value in words.items() if name != "model")
-    kept = [load_file(path)["personal"] for path in Path("nodes").rglob("*.safetensors")]
+        marks = {"model", "data"}
+        assert all(type(value) in (int, float) for name, value in words.items() if name not in marks)
+    kept = [x for path in Path("nodes").rglob("*.safetensors") for x in load_file(path).values() if x.numel() > 1]
     sent = b"".join(x.numpy().tobytes() for _, _, (arrays, _) in nodes.sent for x in arrays.values())
     assert kept
     for values in kept:
-        some = values[values != 0][:16].numpy().tobytes()
-        assert len(some) == 64
-        assert some not in sent
+        numbers = values[values != 0]
+        for begin in range(0, len(numbers) - 16, max(1, len(numbers) // 20)):
+            assert numbers[begin : begin + 16].numpy().tobytes() not in sent
 
 
 def spoiled(kind: str) -> Change:
@@ -137,6 +165,11 @@ def spoiled(kind: str) -> Change:
             "weight": ({"shared": update}, {**words, "train": 10**6}),
             "model": ({"shared": update}, {**words, "model": "x"}),
             "other": ({"shared": update}, {**words, "client": 2}),
+            "data": ({"shared": update}, {**words, "data": "x"}),
+            "right": ({"shared": update}, {**words, "test_correct": 10**6}),
+            "huge": ({"shared": update}, {**words, "train": 2**62}),
+            "f1": ({"shared": update}, {**words, "test_f1": float("nan")}),
+            "auc": ({"shared": update}, {**words, "test_auc": -1.0}),
         }
         return bad[kind]
 
@@ -159,6 +192,11 @@ KINDS = (
     "other",
     "weight",
     "model",
+    "data",
+    "right",
+    "huge",
+    "f1",
+    "auc",
 )
 
 
@@ -187,8 +225,8 @@ class Killed(Exception):
     pass
 
 
-def killed_in(round: int, client: int, after: bool) -> Change:
-    """The server's process ends in a round: before this client's answer, or after its node has kept its state."""
+def killed_in(round: int, client: int) -> Change:
+    """The server's process ends in a round, once this client's node and those before have kept their states."""
 
     def change(kind: str, asked: int, number: int, answer: Answer) -> Answer:
         if kind == "train" and (number, asked) == (round, client):
@@ -198,11 +236,12 @@ def killed_in(round: int, client: int, after: bool) -> Change:
     return change
 
 
+@pytest.mark.parametrize("client", [0, 2])
 @pytest.mark.parametrize("round", [1, 2, 3])
-def test_a_server_that_was_killed_goes_on_to_the_same_bits(round: int) -> None:
+def test_a_server_that_was_killed_goes_on_to_the_same_bits(round: int, client: int) -> None:
     config = configured("--method", "fedperfix", "--sampled", "3", rounds=4)
     with pytest.raises(Killed):
-        coordinated(config, change=killed_in(round, 1, after=True))
+        coordinated(config, change=killed_in(round, client))
     log, _ = coordinated(config)
     if round > 1:
         assert log[0] == f"goes on after round {round - 1}"
@@ -240,13 +279,29 @@ def test_a_round_without_answers_ends_the_run_and_loses_nothing() -> None:
     config = configured("--method", "fedperfix")
 
     def silent(kind: str, client: int, round: int, answer: Answer) -> Answer | str:
-        return "no answer" if round == 2 else answer
+        return Silence("no answer") if round == 2 else answer
 
     with pytest.raises(NoAnswers, match="round 2: none of 2 clients answered; run the app again to go on"):
         coordinated(config, change=silent)
     coordinated(config)
     coordinated(config, "whole", nodes="whole-nodes")
     assert shared("server") == shared("whole")
+
+
+@pytest.mark.parametrize("dp", ["none", "central"])
+def test_a_round_in_which_every_answer_is_refused_counts_and_the_run_goes_on(dp: str) -> None:
+    if dp != "none":
+        pytest.importorskip("dp_accounting", reason="needs fedperfix[privacy]")
+    config = configured("--method", "fedavg", "--dp", dp)
+
+    def refused(kind: str, client: int, round: int, answer: Answer) -> Answer | str:
+        return ({}, answer[1]) if (kind, round) == ("train", 2) else answer
+
+    log, _ = coordinated(config, change=refused)
+    assert [row["dropped"] for row in curves("server")] == [0, 2, 0]
+    assert curves("server")[1]["local_mean"] is None
+    assert curves("server")[1]["train_loss"] is None
+    assert any(line.startswith("round 2/3: all ") or line == "round 2/3: no client could be used" for line in log)
 
 
 def test_a_node_that_lost_its_state_says_so() -> None:
@@ -276,16 +331,33 @@ def test_a_folder_with_another_run_is_left_as_it_is() -> None:
         coordinated(config)
 
 
-def test_nodes_that_do_not_fit_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configured("--method", "fedper")
-    said = LocalNodes(config, Path("nodes")).describe(3, 1)
-    said[2]["classes"] = '["x"]'
-    monkeypatch.setattr(LocalNodes, "describe", lambda self, clients, seconds: said)
-    with pytest.raises(ConfigError, match="nodes: client 2 has another classes than client 0"):
-        coordinated(config)
+def test_a_node_with_other_classes_is_left_out_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured("--method", "fedper", "--sampled", "3")
+    there = LocalNodes.describe
+    marked = Node._data
+
+    def other(node: Node) -> dict[str, str]:
+        return {**marked(node), **({"classes": '["x"]'} if node.client == 0 else {})}
+
+    monkeypatch.setattr(Node, "_data", other)
+    log, _ = coordinated(config)
+    assert log[0].startswith('client 0 has another classes than most (["x"], ["')
+    assert log[0].endswith(" and is left out; give all nodes like data")
+    assert [row["dropped_clients"] for row in curves("server")] == ["0"] * 3
+    late = {1: there(LocalNodes(config, Path("other")), 3, 1)[1]}
+    monkeypatch.setattr(LocalNodes, "describe", lambda self, clients, seconds: late)
+    log, _ = coordinated(config, "late", nodes="late-nodes")
+    assert "round 1: left out client 0 (train): its inputs or classes are not those of the others" in log
+    assert shared("late") == shared("server")
     monkeypatch.setattr(LocalNodes, "describe", lambda self, clients, seconds: {})
     with pytest.raises(ConfigError, match="nodes: none of 3 clients answered in 1 s; start them first"):
         coordinated(config)
+
+
+def test_fewer_rounds_than_there_are() -> None:
+    coordinated(configured("--method", "fedper", rounds=2))
+    with pytest.raises(ConfigError, match="--rounds: got 1, but the run in 'server' has 2; give more"):
+        coordinated(configured("--method", "fedper", rounds=1))
 
 
 def test_a_client_that_was_not_there_at_the_start_counts_by_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +367,7 @@ def test_a_client_that_was_not_there_at_the_start_counts_by_its_images(monkeypat
     monkeypatch.setattr(LocalNodes, "describe", lambda *given: {0: everyone(*given)[0]})
     log, _ = coordinated(config)
     assert log[0] == "2 of 3 clients are not there: 1, 2"
+    assert log[1].startswith("1 clients are there, with ")
     assert shared("server") == shared("whole")
 
 
