@@ -307,6 +307,8 @@ def _shape(config: TrainConfig, dataset: Any) -> dict[str, Any]:
 
 def _build(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     shape, classes = about["shape"], len(about["classes"])
+    if about["config"].get("method") not in METHODS:  # a name of a file would be run
+        raise ServingError("model: it names a method that is not of this package; export it again")
     try:
         config = TrainConfig(**about["config"])
     except TypeError as error:

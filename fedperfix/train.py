@@ -38,6 +38,7 @@ from fedperfix.run import checkpoint, folder, metrics
 from fedperfix.run.cli import cli, explain_error, reported
 from fedperfix.run.files import remove_parts, write_text
 from fedperfix.run.interrupt import Interrupted, interruptible
+from fedperfix.run.lock import locked
 from fedperfix.run.metrics import RoundMetrics
 from fedperfix.run.plots import PLOT, plot_run
 from fedperfix.run.progress import display, header, print_plain, summary
@@ -99,10 +100,16 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
     worker.clients_per_step = int(group.share_text(str(worker.clients_per_step)))
     with group.together():
         add_workers(worker, parallel_clients(worker, lambda: _forward_flops(federation)))
-    run = Run(Path(), [])
+    with contextlib.ExitStack() as held:
+        return _run(federation, console, held)
+
+
+def _run(federation: Federation, console: Console, held: contextlib.ExitStack) -> int:
+    """Play a federation in its folder, which `held` keeps for this run; the result is that of `train`."""
+    config, group, run = federation.config, federation.group, Run(Path(), [])
     with group.together():
         if group.leader:
-            run = resume(federation) if config.resume else start(federation)
+            run = resume(federation, held) if config.resume else start(federation, held)
     share_state(group, federation.state, run.folder)
     if group.leader:
         header(console, describe(federation, run))
@@ -199,10 +206,10 @@ def _personal_table(config: TrainConfig, group: Group) -> str:
     return "memory"
 
 
-def start(federation: Federation) -> Run:
-    """Make the folder of a new run, with its configuration and a checkpoint of the start."""
+def start(federation: Federation, held: contextlib.ExitStack) -> Run:
+    """Make the folder of a new run, with its configuration and a checkpoint of the start; `held` locks it."""
     config, where = federation.config, folder.choose_folder(federation.config)
-    with folder.created(where):
+    with folder.created(where, held):
         folder.write_config(where, config)
         folder.write_environment(where, config, federation.worker.device, 1, federation.group.size)
         write_partition(where / PARTITION, federation.dataset, federation.partition)
@@ -213,8 +220,8 @@ def start(federation: Federation) -> Run:
     return Run(where, [])
 
 
-def resume(federation: Federation) -> Run:
-    """Load a run's checkpoint, and cut its metrics to the checkpoint's round.
+def resume(federation: Federation, held: contextlib.ExitStack) -> Run:
+    """Load a run's checkpoint, and cut its metrics to the checkpoint's round; `held` locks the folder.
 
     Raises:
         CheckpointError, MetricsError, ConfigError: the folder's files do not fit; they are intact.
@@ -222,6 +229,7 @@ def resume(federation: Federation) -> Run:
     config, where = federation.config, Path(federation.config.resume)
     if config.run_dir is not None and Path(config.run_dir) != where:
         raise ConfigError(f"--run-dir: got '{config.run_dir}', but a resumed run goes on in {where}; leave it out")
+    held.enter_context(locked(where, "--resume"))
     try:
         checkpoint.load(where / checkpoint.CHECKPOINT, federation.state, federation.worker.arena, config)
     except checkpoint.CheckpointError as error:
@@ -229,6 +237,8 @@ def resume(federation: Federation) -> Run:
     finished = federation.state.round
     if config.rounds < finished:
         raise ConfigError(f"--rounds: got {config.rounds}, takes at least the {finished} that the run has finished")
+    if (where / folder.ENVIRONMENT).exists():
+        folder.read_environment(where)  # before anything is written
     remove_parts(where)
     rounds = metrics.keep_rounds(where, finished)
     folder.write_config(where, config)

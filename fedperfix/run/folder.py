@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedperfix.config import ConfigError, TrainConfig, to_toml
 from fedperfix.engine.device import device_name
 from fedperfix.methods import method_label
 from fedperfix.run.files import write_text
+from fedperfix.run.lock import locked
 from fedperfix_kernels import explain
 
 CONFIG = "config.toml"
@@ -54,15 +55,29 @@ def choose_folder(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def created(folder: Path) -> Iterator[None]:
-    """Make a run's folder; if the block fails, it and the parents that were made for it are gone again."""
+def created(folder: Path, held: ExitStack) -> Iterator[None]:
+    """Make a run's folder; if the block fails, it and the parents that were made for it are gone again.
+
+    Args:
+        folder: as from `choose_folder`.
+        held: keeps other processes out of it until it is closed.
+
+    Raises:
+        ConfigError: another process has it now.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    existed = folder.is_dir()
+    ours = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(folder, "--run-dir"))
+        if any(folder.iterdir()):
+            raise ConfigError(f"--run-dir: '{folder}' has got another run in this moment; name another folder")
+        ours = True
         yield
     except BaseException:
-        if existed:
+        if not ours:
+            made = [path for path in made if path.is_dir() and not any(path.iterdir())]
+        elif folder not in made:
             for path in folder.iterdir():
                 path.unlink()
         for path in made:
@@ -114,8 +129,19 @@ def source_digest() -> str:
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:
-    """What `write_environment` recorded, in order."""
-    return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    """What `write_environment` recorded, in order.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = folder / ENVIRONMENT
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"'{path}' is damaged; delete it, and what computed the run until now is not known")
+    return entries
 
 
 def _version(package: str) -> str | None:

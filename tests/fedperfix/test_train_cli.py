@@ -21,6 +21,7 @@ from fedperfix.data import DATASETS
 from fedperfix.methods import METHODS
 from fedperfix.models import PRESETS
 from fedperfix.run import checkpoint, metrics
+from fedperfix.run.lock import locked
 from fedperfix.train import main
 from tests.fedperfix import tiny
 
@@ -299,3 +300,27 @@ def test_importing_the_package_is_quick_and_spinning_threads_are_a_default_only(
     for given, expected in (({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
         output = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True)
         assert output.stdout.split() == [expected, "fedperfix_kernels.nn.attention"], output.stderr
+
+
+def test_one_process_at_a_time_works_in_a_folder(capsys: pytest.CaptureFixture) -> None:
+    assert run("--run-dir", "a") == 0
+    before = {path.name: path.read_bytes() for path in Path("a").iterdir()}
+    with locked(Path("a"), "--resume"):
+        assert main(["--resume", "a", "--rounds", "4"]) == 2
+    assert "--resume: 'a' is in use by another process; wait for its end" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("a").iterdir()} == before
+    Path("b").mkdir()
+    with locked(Path("b"), "--run-dir"):
+        assert run("--run-dir", "b") == 2
+    assert "--run-dir: 'b' is in use by another process" in capsys.readouterr().err
+    assert run("--run-dir", "b") == 0
+
+
+def test_a_damaged_record_of_the_environment_stops_a_resumption(capsys: pytest.CaptureFixture) -> None:
+    assert run("--run-dir", "a") == 0
+    for content in (b"{", b"\xff", b"{}"):
+        Path("a/environment.json").write_bytes(content)
+        config = Path("a/config.toml").read_bytes()
+        assert main(["--resume", "a", "--rounds", "4"]) == 2
+        assert "'a/environment.json' is damaged; delete it" in capsys.readouterr().err
+        assert Path("a/config.toml").read_bytes() == config
