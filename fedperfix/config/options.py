@@ -403,7 +403,8 @@ class TrainConfig:
     dp: str = _option(
         "none",
         "Trust",
-        "differential privacy of a client's data set: clipped updates, and noise of the server or of every client",
+        "differential privacy of a client's data: clipped updates, and noise of the server or of every client, "
+        "drawn from --seed: none against those who know the seed",
         choices=lambda: PRIVACY,
     )
     dp_clip: float = _option(1.0, "Trust", "largest norm of an update, with --dp", above=0)
