@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,8 @@ Record = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; the module says what it returns."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     started = time.perf_counter()
     machine = describe_machine(device)
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if machine["load"] > 0.5:
         print(f"the machine is busy (load {machine['load']:.1f}): these figures will be too slow", file=sys.stderr)
     path = arguments.output or (None if arguments.match else RESULTS / f"{slug(machine['device'])}.json")
+    if path:
+        check_writable(parser, path, "--output")
     record = resumed(path, machine) or new_record(machine, device)
     before = record["seconds"]
     plans = [plan for plan in all_plans(device) if arguments.match in plan.name]
@@ -272,6 +276,18 @@ def device_name(device: torch.device) -> str:
 def slug(name: str) -> str:
     """A file name for a device's name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def check_writable(parser: argparse.ArgumentParser, path: Path, option: str) -> None:
+    """End the command line, before anything is measured, if a record cannot be written; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        parser.error(f"{option}: '{path}' cannot be written ({error.strerror}); name another file")
+    if path.is_dir():
+        parser.error(f"{option}: '{path}' is a folder; takes the name of a file")
 
 
 def write(record: Record, path: Path) -> None:

@@ -8,6 +8,7 @@ disk or in memory. The record is `bench/results/scaling/<device>.json`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.record import RESULTS, describe_machine, slug, write
+from bench.record import RESULTS, check_writable, describe_machine, slug, write
 from fedperfix.config import TrainConfig
 from fedperfix.engine.round import run_round
 from fedperfix.run import checkpoint
@@ -38,7 +39,9 @@ _NEEDED = 4  # times its rows: what a checkpoint of a table in memory takes
 def main(argv: list[str] | None = None) -> int:
     """Measure every size and write the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="numbers of clients")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=CLIENTS, help=f"numbers of clients, {COHORT} or more"
+    )
     parser.add_argument("--tables", nargs="+", default=("disk", "memory"), choices=("disk", "memory"))
     parser.add_argument("--output", type=Path, help="file of the record")
     parser.add_argument("--row", nargs=2, metavar=("CLIENTS", "TABLE"), help="print the measurements of one row")
@@ -46,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.row:
         print(json.dumps(measure(int(arguments.row[0]), arguments.row[1])))
         return 0
+    if min(arguments.clients) < COHORT:
+        parser.error(f"--clients: got {min(arguments.clients)}, takes at least {COHORT}, which train in a round")
     machine = describe_machine(torch.device("cpu"))
+    output = arguments.output or RESULTS / "scaling" / f"{slug(machine['device'])}.json"
+    check_writable(parser, output, "--output")
     rows: list[dict[str, Any]] = []
     for table in arguments.tables:
         for clients in arguments.clients:
@@ -56,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             print(rows[-1], file=sys.stderr)
     setting = {"cohort": COHORT, "images_per_client": IMAGES, "image_side": SIDE, "rounds": _ROUNDS}
     record = {"machine": machine, "setting": setting, "rows": rows}
-    write(record, arguments.output or RESULTS / "scaling" / f"{slug(machine['device'])}.json")
+    write(record, output)
     print(table_of(record))
     return 0
 
@@ -95,7 +102,8 @@ def measure(clients: int, table: str) -> dict[str, Any]:
             gc.collect()
             begin = time.perf_counter()
         federation = build(config, torch.device("cpu"))
-        return _rounds(federation, start(federation), begin)
+        with contextlib.ExitStack() as held:
+            return _rounds(federation, start(federation, held), begin)
 
 
 def _rounds(federation: Federation, run: Run, begin: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from bench.peers.session import ContestantError, Timings, difference, hold
 from bench.peers.work import MODELS, Work
-from bench.record import describe_machine
+from bench.record import check_writable, describe_machine
 from fedperfix.config import ConfigError
 from fedperfix.engine.device import autocast_dtype, resolve_device
 from fedperfix.run.files import write_text
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         works = {name: _work(PEERS[name], arguments) for name in names}
     except ConfigError as error:
         parser.error(str(error))
+    if arguments.out:
+        check_writable(parser, arguments.out, "--out")
     torch.set_num_threads(arguments.threads)
     record = describe_machine(device) | {"sessions": []}
     print(f"{record['device']}, {arguments.threads} threads, load {record['load']}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import scaling
+from bench import record, scaling
+from bench.peers import __main__ as peers
 
 
 @pytest.mark.parametrize("table", ["disk", "memory"])
@@ -26,3 +29,22 @@ def test_a_row_has_its_measurements(table: str, monkeypatch: pytest.MonkeyPatch)
     text = scaling.table_of({"rows": [row, {"clients": 9, "table": "memory", "skipped": "not enough memory"}]})
     assert f"| 12 | {table} |" in text
     assert "| 9 | memory | not enough memory |" in text
+
+
+@pytest.mark.parametrize("module", [scaling, record, peers])
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
+    module, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    option = "--out" if module is peers else "--output"
+    for path, reason in ((tmp_path / "file" / "x.json", "cannot be written"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as ended:
+            module.main([option, str(path)])
+        assert ended.value.code == 2
+        assert f"{option}: '{path}' {reason}" in capsys.readouterr().err
+
+
+def test_fewer_clients_than_a_round_has_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        scaling.main(["--clients", "100", "7"])
+    assert "--clients: got 7, takes at least 8" in capsys.readouterr().err
