@@ -188,7 +188,7 @@ def _rounds(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     with _readable(file):
-        rounds = [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        rounds = [dict(json.loads(line)) for line in metrics.finished_lines(file)]
         for line in rounds:
             tested = [name for name in ("all", "mixed") if line.get(f"{name}_mean") is not None]
             for name in (*_FIGURES, *_SECONDS, *(f"{prefix}_{name}" for prefix in tested for name in _SPREAD)):

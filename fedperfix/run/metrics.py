@@ -159,8 +159,12 @@ def append(folder: Path, metrics: RoundMetrics) -> None:
     append_line(folder / CSV, _csv_line(metrics))
 
 
-def read(folder: Path) -> list[RoundMetrics]:
-    """The rounds in a run folder, in order.
+def read(folder: Path, last: int | None = None) -> list[RoundMetrics]:
+    """The rounds in a run folder, in order, without a last line that a process which was killed left unfinished.
+
+    Args:
+        folder: of the run.
+        last: read no further than this round.
 
     Raises:
         MetricsError: a line that is no round.
@@ -168,13 +172,27 @@ def read(folder: Path) -> list[RoundMetrics]:
     path = folder / JSON_LINES
     if not path.exists():
         return []
-    rounds = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rounds: list[RoundMetrics] = []
+    for number, line in enumerate(finished_lines(path), start=1):
+        if last is not None and (rounds[-1].round if rounds else 0) >= last:
+            break
         try:
-            rounds.append(RoundMetrics(**json.loads(line)))
+            rounds.append(_round(line))
         except (TypeError, ValueError) as error:
             raise MetricsError(f"{path}: line {number} is not a round of this program's metrics") from error
     return rounds
+
+
+def finished_lines(path: Path) -> list[bytes]:
+    """The lines of a file that have an end."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _round(line: bytes) -> RoundMetrics:
+    metrics = RoundMetrics(**json.loads(line))
+    if type(metrics.round) is not int:
+        raise TypeError("its number is none")
+    return metrics
 
 
 def keep_rounds(folder: Path, last: int) -> list[RoundMetrics]:
@@ -186,7 +204,7 @@ def keep_rounds(folder: Path, last: int) -> list[RoundMetrics]:
     Raises:
         MetricsError: a round up to `last` is missing.
     """
-    rounds = [metrics for metrics in read(folder) if metrics.round <= last]
+    rounds = read(folder, last)
     if [metrics.round for metrics in rounds] != list(range(1, last + 1)):
         raise MetricsError(f"{folder / JSON_LINES}: has not all of the rounds 1 to {last} that the checkpoint has")
     lines = [json.dumps(asdict(metrics), allow_nan=False) for metrics in rounds]

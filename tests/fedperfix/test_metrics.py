@@ -129,6 +129,37 @@ def test_going_back_cuts_the_files_and_refuses_gaps(tmp_path: Path) -> None:
         metrics.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "rest", ['{"round": 3, "sampl', '{"round": 3, "sampled": 2}\n', "\0\0\0\n", '{"round": "3"}\n']
+)
+def test_what_a_crash_left_behind_the_last_checkpoint_is_cut(tmp_path: Path, rest: str) -> None:
+    records = played(2)
+    for record in records:
+        metrics.append(tmp_path, record)
+    whole = (tmp_path / metrics.JSON_LINES).read_bytes()
+    (tmp_path / metrics.JSON_LINES).write_bytes(whole + rest.encode())
+    assert metrics.keep_rounds(tmp_path, 2) == records
+    assert (tmp_path / metrics.JSON_LINES).read_bytes() == whole
+    (tmp_path / metrics.JSON_LINES).write_bytes(rest.encode())
+    assert metrics.keep_rounds(tmp_path, 0) == []
+
+
+def test_an_unfinished_last_line_is_no_round_and_a_foreign_one_is_named(tmp_path: Path) -> None:
+    records = played(2)
+    for record in records:
+        metrics.append(tmp_path, record)
+    path = tmp_path / metrics.JSON_LINES
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert metrics.read(tmp_path) == records[:1]
+    with pytest.raises(metrics.MetricsError, match="has not all of the rounds 1 to 2"):
+        metrics.keep_rounds(tmp_path, 2)
+    for foreign in (b"\xff\xfe\n", whole.replace(b'"round": 2', b'"round": "2"'), b"[1]\n", b"\n"):
+        path.write_bytes(foreign)
+        with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl: line \d is not a round"):
+            metrics.read(tmp_path)
+
+
 def test_clients_are_written_with_their_sizes_and_domains(tmp_path: Path) -> None:
     data = replace(tiny.data(sizes=(30, 31, 60)), client_domains=("photo", 'a "b", c', ""))
     metrics.write_clients(tmp_path, tested([1, 8, 5], [10, 10, 20]), data)
