@@ -357,19 +357,15 @@ def join(explain: Callable[[BaseException], str | None]) -> Iterator[Group]:
         explain: as in `Group`.
 
     Raises:
+        ConfigError: variables that `torchrun` did not set so.
         ProcessLost: the others cannot be reached.
     """
-    if any(name not in os.environ for name in _ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) == 1:
+    if any(name not in os.environ for name in _ENVIRONMENT) or (size := _number("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    group = Group(
-        rank,
-        size,
-        int(os.environ.get("LOCAL_RANK", rank)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        explain,
-    )
+    rank = _number("RANK", 0, size - 1)
+    local_size = _number("LOCAL_WORLD_SIZE", 1, size, default=size)
+    group = Group(rank, size, _number("LOCAL_RANK", 0, local_size - 1, default=rank), local_size, explain)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group(
@@ -389,6 +385,19 @@ def join(explain: Callable[[BaseException], str | None]) -> Iterator[Group]:
             dist.barrier(group=farewell)
             group.handle = farewell = None  # Gloo's threads end with the last reference; Python must not end first
             dist.destroy_process_group()
+
+
+def _number(name: str, least: int, most: int | None = None, default: int | None = None) -> int:
+    """A variable of the environment, which is there unless it has a default."""
+    text = os.environ.get(name, str(default))
+    value = int(text) if text.isascii() and text.isdecimal() else -1
+    if value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(
+            f"{name}: got '{text}' in the environment, takes a number {limits}, as torchrun sets it; start all "
+            f"processes with torchrun, or remove {', '.join(_ENVIRONMENT)} from the environment"
+        )
+    return value
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedperfix.config import ConfigError, parse_args
-from fedperfix.engine.group import ALONE, Group, Spread
+from fedperfix.engine.group import ALONE, Group, Spread, join
 from fedperfix.engine.round import data_weights, run_round, sample_clients
 from fedperfix.run.checkpoint import read_client
 from fedperfix.train import main
@@ -170,6 +171,28 @@ def test_one_process_alone_passes_everything_through() -> None:
         raise KeyError
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"WORLD_SIZE": "x"}, "^WORLD_SIZE: got 'x' in the environment, takes a number of at least 1, as torchrun"),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE: got '0'"),
+        ({"RANK": "2"}, "^RANK: got '2' in the environment, takes a number from 0 to 1"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "^LOCAL_WORLD_SIZE: got '3' .* from 1 to 2"),
+        ({"LOCAL_RANK": "-1"}, "^LOCAL_RANK: got '-1' .* from 0 to 1"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_named(
+    changed: dict[str, str], match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (made | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=match), join(lambda error: None):
+        pass
+    assert main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 SMALL = [
     *("--samples=300", "--clients=5", "--sampled=3", "--alpha=1", "--local-steps=1", "--batch-size=8"),
     *("--bottleneck=4", "--device=cpu", "--precision=fp32", "--eval-every=3", "--checkpoint-every=1000"),
@@ -220,6 +243,24 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_one(tmp_path: P
     folder = tmp_path / "run"
     output, rounds = stopped_run(folder, act=lambda run: os.kill(member(run, 1), signal.SIGKILL))
     assert output.count("another process ended after round") == 1
+    check_resumed(folder, rounds)
+
+
+@needs_gloo
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_when_process_0_is_killed_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ("--rounds=10000", "--checkpoint-every=1", f"--run-dir={folder}")
+    run = torchrun(2, "fedperfix.train", *SMALL, *options)
+    assert run.stdout is not None
+    assert any(line.startswith("round") for line in run.stdout)
+    os.kill(member(run, 0), signal.SIGKILL)
+    run.communicate(timeout=120)
+    assert run.returncode != 0
+    with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
+        rounds = int(file.metadata()["round"])
+    assert rounds >= 1
     check_resumed(folder, rounds)
 
 
