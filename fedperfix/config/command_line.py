@@ -22,6 +22,9 @@ from fedperfix.config.options import (
 )
 from fedperfix.config.toml import from_toml, presets, read_settings, with_absolute_method
 
+# What has no meaning while another option is `none`: who gives it believes to be protected, or attacked.
+_NEEDS = {"dp_clip": "dp", "dp_noise": "dp", "dp_delta": "dp", "attackers": "attack", "attack_scale": "attack"}
+
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for.
@@ -45,7 +48,12 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     settings = read_settings(source) if source is not None else {}
     if "local_epochs" in values:  # else steps of the file would silently win over epochs of the command line
         settings.pop("local_steps", None)
-    return TrainConfig(**(settings | values)).validate()
+    config = TrainConfig(**(settings | values)).validate()
+    for name, switch in _NEEDS.items():
+        if name in values and getattr(config, switch) == "none":
+            takes = f"{option_name(name)}: got {values[name]:g}, but {option_name(switch)} is none"
+            raise ConfigError(f"{takes}; give {option_name(switch)} too, or leave this out")
+    return config
 
 
 def given(argv: Sequence[str] | None = None) -> frozenset[str]:

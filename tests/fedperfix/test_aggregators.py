@@ -82,6 +82,11 @@ def test_a_fifth_of_a_round_may_be_hostile_if_nothing_is_said() -> None:
         (["--aggregator=median", "--reduction=sum"], "--reduction: got sum, takes exact"),
         (["--attack=nan", "--clients=8", "--attackers=0.05"], "--attackers: got 0.05, takes at least 0.125 with"),
         (["--attackers=1.2"], "--attackers: got 1.2, takes a number above 0 and at most 1"),
+        (["--attackers=0.5"], "--attackers: got 0.5, but --attack is none; give --attack too"),
+        (["--attack-scale=2"], "--attack-scale: got 2, but --attack is none; give --attack too"),
+        (["--dp-clip=0.5"], "--dp-clip: got 0.5, but --dp is none; give --dp too, or leave this out"),
+        (["--dp-noise=4", "--dp=none"], "--dp-noise: got 4, but --dp is none"),
+        (["--dp-delta=1e-6"], "--dp-delta: got 1e-06, but --dp is none"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: list[str], refused: str) -> None:

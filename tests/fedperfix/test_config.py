@@ -175,6 +175,12 @@ def test_wrong_command_line(argv, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_may_have_what_another_option_turns_off(tmp_path):
+    file = tmp_path / "private.toml"
+    file.write_text("dp_noise = 4.0\nattack_scale = 2.0\n")
+    assert parse_args(["--config", str(file)]).dp_noise == 4.0  # as every saved configuration has it
+
+
 def test_wrong_types_in_python():
     with pytest.raises(ConfigError, match=r"--clients: got '8', takes a whole number"):
         TrainConfig(clients="8").validate()
