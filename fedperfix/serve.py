@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import operator
+import re
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fedperfix.config import ConfigError, TrainConfig, parse_args
 from fedperfix.config.command_line import Parser
+from fedperfix.config.options import FIELDS, KINDS, typed
 from fedperfix.data import Preprocess
 from fedperfix.engine.device import autocast_dtype, resolve_device
 from fedperfix.engine.evaluate import obstacle
@@ -40,6 +42,10 @@ from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tens
 
 MODEL, CLIENTS = "model.safetensors", "clients"
 FORMAT = Format("fedperfix-serving")
+_ABOUT = {"round": int, "config": dict, "shape": dict, "classes": list, "own": list}
+# The options from which a model is built; no files, and no seed, which may be a secret.
+_BUILDING = ("fused", *(name for name, item in FIELDS.items() if item.metadata["group"] in ("Method", "Model")))
+_STARTS = ("pretrained", "pretrained_file")  # the weights are there
 
 
 class ServingError(ValueError):
@@ -154,7 +160,7 @@ class PersonalizedModel:
 
     def __init__(self, folder: Path, device: torch.device, precision: str, cached: int) -> None:
         state, metadata = _read(folder / MODEL)
-        about = json.loads(metadata["about"])
+        about = _about(metadata, folder / MODEL)
         self.folder = folder
         self.device = device
         self.cached = cached
@@ -172,7 +178,8 @@ class PersonalizedModel:
     @property
     def clients(self) -> tuple[int, ...]:
         """The clients that can be asked for."""
-        return tuple(sorted(int(path.stem) for path in (self.folder / CLIENTS).glob("*.safetensors")))
+        stems = [path.stem for path in (self.folder / CLIENTS).glob("*.safetensors")]
+        return tuple(sorted(int(stem) for stem in stems if re.fullmatch("[0-9]+", stem)))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, clients: Iterable[int] | Tensor) -> Tensor:
@@ -263,6 +270,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ServingError(f"{error}; export it again") from error
 
 
+def _about(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What a model's file says of itself: all that `export` writes, each of its type."""
+    try:
+        about = json.loads(metadata["about"])
+        if {name: type(about[name]) for name in _ABOUT} == _ABOUT and all(
+            type(text) is str for text in (*about["classes"], *about["own"])
+        ):
+            return about
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ServingError(f"'{path}' does not say what model it is; export it again")
+
+
 def load(
     folder: str | Path, *, device: str = "auto", precision: str = "auto", cached: int = 1024
 ) -> PersonalizedModel:
@@ -285,17 +305,23 @@ def load(
 
 
 def _building(config: TrainConfig) -> dict[str, Any]:
-    """What of a configuration the model is built from; names of files are not among it."""
+    """What of a run's configuration its model is built from, where it is not the default."""
     method = method_class(config.method)
     if config.method not in METHODS and method.adapt.__func__ is not Method.adapt.__func__:
         raise ConfigError(
             f"RUN: its method {method.name} changes the model by code of a user's file, which is not exported"
         )
-    plain = asdict(TrainConfig())
-    settings = {key: value for key, value in asdict(config).items() if plain[key] != value}
-    for key in ("pretrained", "pretrained_file", "data_dir", "cache_dir", "partition_file", "run_dir", "resume"):
-        settings.pop(key, None)
-    return settings | {"method": config.method if config.method in METHODS else "fedavg", "device": "cpu"}
+    plain, own = asdict(TrainConfig()), asdict(config)
+    settings = {name: own[name] for name in _BUILDING if name not in _STARTS and own[name] != plain[name]}
+    return settings | {"method": config.method if config.method in METHODS else "fedavg"}
+
+
+def _built_from(settings: Mapping[str, Any]) -> TrainConfig:
+    unknown = sorted(settings.keys() - FIELDS.keys())
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: is no option of this version")
+    chosen = {name: settings[name] for name in _BUILDING if name in settings and name not in _STARTS}
+    return TrainConfig(**{name: typed(KINDS[name], value, name) for name, value in chosen.items()})
 
 
 def _shape(config: TrainConfig, dataset: Any) -> dict[str, Any]:
@@ -310,14 +336,17 @@ def _build(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     if about["config"].get("method") not in METHODS:  # a name of a file would be run
         raise ServingError("model: it names a method that is not of this package; export it again")
     try:
-        config = TrainConfig(**about["config"])
-    except TypeError as error:
-        raise ServingError("model: it was exported by a newer version of fedperfix; use that version") from error
-    if "num_tokens" in shape:
-        model = create_text_model(config, **shape, num_classes=classes)
-    else:
-        hw = (shape["image_size"], shape["image_size"])
-        model = create_model(config, channels=shape["channels"], num_classes=classes, image_hw=hw)
+        config = _built_from(about["config"])
+        if "num_tokens" in shape:
+            model = create_text_model(config, **shape, num_classes=classes)
+        else:
+            hw = (shape["image_size"], shape["image_size"])
+            model = create_model(config, channels=shape["channels"], num_classes=classes, image_hw=hw)
+    except (TypeError, KeyError, ConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ServingError(
+            f"model: this version of fedperfix cannot build it ({reason}); export it again"
+        ) from error
     shapes = {name: value.shape for name, value in model.state_dict().items() if name not in about["own"]}
     if {name: value.shape for name, value in state.items()} != shapes:
         raise ServingError("model: its tensors do not fit what this version of fedperfix builds; export it again")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fedperfix.config import ConfigError, parse_args
 from fedperfix.run import checkpoint
-from fedperfix.serve import CLIENTS, MODEL, ServingError, load, main
+from fedperfix.run.tensors import read_tensors, write_tensors
+from fedperfix.serve import CLIENTS, FORMAT, MODEL, ServingError, load, main
 from fedperfix.train import build
 from tests.fedperfix.test_train_cli import (
     _small,  # noqa: F401  (a fixture)
@@ -218,6 +219,64 @@ def test_texts_that_cannot_be_answered() -> None:
 def test_options_of_loading(options: dict, match: str, exported: Path) -> None:
     with pytest.raises(ConfigError, match=match):
         load(exported, **options)
+
+
+def reexported(path: Path, **changes: object) -> None:
+    """The model's file as another program would write it: other words, and a checksum that fits."""
+    tensors, metadata = read_tensors(FORMAT, path)
+    about = json.loads(metadata["about"])
+    about |= {name: value for name, value in changes.items() if name != "config"}
+    about["config"] |= changes.get("config", {})
+    write_tensors(FORMAT, path, tensors, {"about": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"round": "x"}, "'out/model.safetensors' does not say what model it is; export it again"),
+        ({"classes": None}, "does not say what model it is"),
+        ({"own": [1]}, "does not say what model it is"),
+        ({"config": {"method": "evil.py:Method"}}, "names a method that is not of this package"),
+        ({"config": {"method": None}}, "names a method that is not of this package"),
+        ({"config": {"gaet": 1.0}}, r"cannot build it \(gaet: is no option of this version\)"),
+        ({"config": {"bottleneck": "x"}}, r"cannot build it \(bottleneck: got 'x', takes a whole number\)"),
+        ({"config": {"model": "vit-none"}}, r"cannot build it \(--model: got 'vit-none'"),
+        ({"config": {"model": "vit-mini"}}, "its tensors do not fit what this version of fedperfix builds"),
+        ({"shape": {}}, r"cannot build it \('image_size'\)"),
+        ({"shape": {"image_size": 8, "channels": "x"}}, "cannot build it"),
+    ],
+)
+def test_a_model_that_cannot_be_built(changes: dict, match: str, exported: Path, tmp_path: Path) -> None:
+    reexported(exported / MODEL, **changes)
+    with pytest.raises(ServingError, match=match) as caught:
+        load(exported)
+    assert "\n" not in str(caught.value)
+
+
+def test_words_that_are_no_json_and_files_of_others(exported: Path) -> None:
+    tensors, _ = read_tensors(FORMAT, exported / MODEL)
+    (exported / CLIENTS / "notes.safetensors").write_text("hello")
+    (exported / CLIENTS / "-1.safetensors").write_text("hello")
+    assert load(exported).clients == (0, 1, 2)
+    for words in ({}, {"about": "{"}, {"about": "[]"}):
+        write_tensors(FORMAT, exported / MODEL, tensors, words)
+        with pytest.raises(ServingError, match="does not say what model it is"):
+            load(exported)
+
+
+def test_start_weights_and_files_in_a_model_are_not_read(exported: Path) -> None:
+    first = load(exported)
+    reexported(exported / MODEL, config={"pretrained_file": "/nowhere", "partition": "file", "method": "fedperfix"})
+    assert load(exported)._model.state_dict().keys() == first._model.state_dict().keys()
+
+
+def test_the_seed_of_a_run_is_not_in_its_export() -> None:
+    trained("--seed", "9137", "--optimizer", "sgd")
+    assert main(["run", "out"]) == 0
+    with safe_open(Path("out") / MODEL, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert about["config"].keys() <= {"method", "model", "bottleneck"}
+    assert "9137" not in json.dumps(about["config"])
 
 
 def test_no_more_clients_than_asked_for_stay_in_memory(exported: Path) -> None:
