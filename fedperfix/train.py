@@ -448,7 +448,7 @@ def _check_tensorboard(config: TrainConfig) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "--tensorboard: the tensorboard package is not installed; pip install 'fedperfix[tensorboard]'"
+            "--tensorboard: the tensorboard package is not installed; pip install tensorboard"
         ) from error
 
 

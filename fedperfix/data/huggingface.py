@@ -67,7 +67,7 @@ def _splits(name: str, source: str, data_dir: Path | None) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"--dataset: got {name}, but the package datasets is not installed; pip install 'fedperfix[hf]'"
+            f"--dataset: got {name}, but the package datasets is not installed; pip install datasets"
         ) from error
     folder = Path(source).expanduser()
     try:

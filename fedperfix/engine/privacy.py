@@ -45,7 +45,7 @@ def validate(config: TrainConfig) -> None:
     if config.dp == "none":
         return
     if find_spec("dp_accounting") is None:
-        raise ConfigError(f"--dp: got {config.dp}, needs dp-accounting: pip install 'fedperfix[privacy]'")
+        raise ConfigError(f"--dp: got {config.dp}, needs the package dp-accounting; pip install dp-accounting")
     if method_class(config.method).extra_upload is not Method.extra_upload:
         raise ConfigError(f"--dp: got {config.dp}, takes none with --method {config.method}, which sends more")
     if config.dp == "central" and config.aggregator != "mean":

@@ -32,7 +32,7 @@ name = "fedperfix-app"
 version = "{version}"
 description = "A federation of fedperfix"
 license = "MIT"
-dependencies = ["fedperfix[flower]"]
+dependencies = []  # every machine has fedperfix installed, with its extra `flower`
 
 [tool.hatch.build.targets.wheel]
 packages = ["."]
@@ -50,6 +50,9 @@ clientapp = "app:client_app"
 """
 _COMMANDS = """written      {dir}/app.py, {dir}/pyproject.toml
 
+On every machine, in a clone of fedperfix:
+  pip install -e ".[flower]"
+
 In every terminal, for work without Flower's servers and without installing packages in the middle of a run:
   export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
@@ -57,14 +60,16 @@ Simulation of {clients} clients on this machine, with `address = ":local:"` in t
 configuration, as it is at first (`flwr config list` says where that is):
   {simulation}
 
-Deployment, one command per machine (docs/flower.md has certificates, keys, and who may reach the server):
+Deployment (docs/flower.md has certificates, keys, and the proxy on port 8443, without which anybody who reaches the
+server could register a key or start an app). On the server:
   flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key \\
-      --enable-supernode-auth --disable-runtime-dependency-installation --host 0.0.0.0 --port 8000
+      --enable-supernode-auth --disable-runtime-dependency-installation --host 127.0.0.1 --port 8000
   flwr supernode register client-0.pub mine
-  flower-supernode --superlink SERVER:8000 --root-certificates ca.crt --auth-supernode-private-key client-0 \\
+On each node:
+  flower-supernode --superlink SERVER:8443 --root-certificates ca.crt --auth-supernode-private-key client-0 \\
       --node-config 'partition-id=0 state-dir="/var/lib/fedperfix"'
 
-Then, with the server's address in the connection `mine` of Flower's configuration:
+Then on the server, with 127.0.0.1:8000 in the connection `mine` of Flower's configuration:
   flwr run {dir} mine --stream
 """
 

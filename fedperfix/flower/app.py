@@ -26,6 +26,7 @@ from fedperfix.flower.node import Answer, Node, NodeError
 from fedperfix.flower.server import Coordinator, NoAnswers, Silence, check_description
 from fedperfix.flower.settings import from_run_config
 from fedperfix.run.cli import USER_ERRORS, sentence
+from fedperfix.run.lock import locked
 
 _ARRAYS, _WORDS, _TROUBLE = "arrays", "words", "trouble"
 _PAUSE, _ATTEMPTS = 0.5, 3
@@ -157,7 +158,8 @@ def _play(grid: Grid, context: Context) -> Path:
     wait, timeout = settings.flower_wait, settings.flower_timeout
     nodes = GridNodes(grid, wait, settings.flower_patience)
     folder.mkdir(parents=True, exist_ok=True)
-    Coordinator(config, folder, nodes, wait=wait, timeout=timeout, log=say).run()
+    with locked(folder, "flower_server_dir"):
+        Coordinator(config, folder, nodes, wait=wait, timeout=timeout, log=say).run()
     return folder
 
 

@@ -183,8 +183,7 @@ def _secret(folder: Path, client: int) -> int:
     path = folder / f"client-{client}.noise-seed"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, f"{secrets.randbits(_SECRET_BITS)}\n")
-        path.chmod(0o600)
+        write_text(path, f"{secrets.randbits(_SECRET_BITS)}\n", private=True)
     try:
         return int(path.read_text(encoding="utf-8"))
     except ValueError as error:

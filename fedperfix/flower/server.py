@@ -342,7 +342,8 @@ class Coordinator:
         tensors |= {_KEPT: torch.tensor(state.kept), _SIZES: torch.tensor(state.sizes)}
         words = {"round": str(state.round), "token": state.token, "noise_seed": str(state.noise_seed)}
         words["config"] = config_digest(self.config)
-        write_tensors(FORMAT, self.folder / STATE, tensors, words)
+        secret = self.config.dp == "central"
+        write_tensors(FORMAT, self.folder / STATE, tensors, words, private=secret)
 
     def _places(self, server: Server) -> dict[str, Tensor]:
         views = server.layout.views(server.shared)

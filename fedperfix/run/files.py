@@ -12,8 +12,12 @@ _PART = ".part"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place, safely on disk, when the block ends normally.
+
+    Args:
+        path: of the file.
+        private: nobody else on this machine may read it.
 
     Yields:
         The temporary file's path; it exists and is empty.
@@ -28,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        if not private:  # as which it was made
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -52,9 +57,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, private: bool = False) -> None:
     """Write a text file in one step: afterwards it is the old one or the new one, never a part."""
-    with replacing(path) as temporary:
+    with replacing(path, private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

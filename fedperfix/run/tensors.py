@@ -41,7 +41,9 @@ class VersionError(TensorsError):
     """A file of another version of its format."""
 
 
-def write_tensors(format: Format, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def write_tensors(
+    format: Format, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], private: bool = False
+) -> str:
     """Write a file in one step; what was there stays until the new one is whole.
 
     Args:
@@ -49,6 +51,7 @@ def write_tensors(format: Format, path: Path, tensors: Mapping[str, Tensor], met
         path: where.
         tensors: by name.
         metadata: texts that belong to them.
+        private: nobody else on this machine may read it.
 
     Returns:
         The checksum over all of it, which is in the metadata as well.
@@ -59,7 +62,7 @@ def write_tensors(format: Format, path: Path, tensors: Mapping[str, Tensor], met
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {"format": format.name, "version": str(format.version), **metadata}
     mark = checksum(tensors, metadata)
-    with replacing(path) as temporary:
+    with replacing(path, private) as temporary:
         try:
             save_file(tensors, temporary, {**metadata, "checksum": mark})
         except SafetensorError as error:  # the library wraps the system's error in text

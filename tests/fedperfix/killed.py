@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ from tests.fedperfix import tiny
 KILLS, ROUNDS = 20, 24
 
 
-def started(words: Sequence[str]) -> int:
-    """Start a command of its own; returns its process."""
+def started(work: Callable[[], int]) -> int:
+    """Start work in a process of its own; returns that process."""
     process = os.fork()
     if process == 0:
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            code = main(list(words))
+            code = work()
         finally:
             os._exit(code)
     return process
@@ -43,38 +43,45 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def play(folder: Path, options: Sequence[str]) -> float:
-    """A run without a disturbance; returns its seconds."""
+def play(work: Callable[[], int]) -> float:
+    """Work without a disturbance; returns its seconds."""
     begin = time.perf_counter()
-    assert ended(started([*options, "--run-dir", str(folder)])) == 0
+    assert ended(started(work)) == 0
     return time.perf_counter() - begin
 
 
-def play_killed(folder: Path, options: Sequence[str], seconds: float, seed: int) -> int:
-    """The same run, killed `KILLS` times and resumed each time; returns in how many of them it had a checkpoint.
+def killed_after(work: Callable[[], int], seconds: float) -> bool:
+    """Start work and kill it after some time; whether it was still going on."""
+    process = started(work)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+    code = ended(process)
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
 
-    A run that was killed before it had its first checkpoint has lost nothing and begins anew.
+
+def play_killed(work: Callable[[], int], begun: Callable[[], bool], longest: float, seed: int) -> int:
+    """The same work, which goes on where it is, killed `KILLS` times, each after so many seconds at most.
+
+    Returns:
+        How often it had then begun.
     """
-    moments = np.random.default_rng(seed).uniform(0.0, seconds / 3, KILLS)
+    moments = np.random.default_rng(seed).uniform(0.0, longest, KILLS)
     resumed = 0
     for moment in moments:
-        process = started(_words(folder, options))
-        time.sleep(moment)
-        os.kill(process, signal.SIGKILL)
-        code = ended(process)
-        if code == 0:  # it was at its end before
+        if not killed_after(work, moment):
             break
-        assert code == -signal.SIGKILL, code
-        resumed += (folder / CHECKPOINT).exists()
-    assert ended(started(_words(folder, options))) == 0
+        resumed += begun()
+    assert ended(started(work)) == 0
     return resumed
 
 
-def _words(folder: Path, options: Sequence[str]) -> list[str]:
+def train(folder: Path, options: Sequence[str]) -> int:
+    """The training command; a run that was killed before its first checkpoint has lost nothing and begins anew."""
     if (folder / CHECKPOINT).exists():
-        return ["--resume", str(folder)]
+        return main(["--resume", str(folder)])
     shutil.rmtree(folder, ignore_errors=True)
-    return [*options, "--run-dir", str(folder)]
+    return main([*options, "--run-dir", str(folder)])
 
 
 if __name__ == "__main__":
@@ -82,5 +89,7 @@ if __name__ == "__main__":
     DATASETS["cifar10"] = lambda data_dir: tiny.dataset()
     PRESETS["tiny"] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     where, chosen = Path(sys.argv[1]), sys.argv[2:]
-    whole = play(where / "whole", chosen)
-    print(play_killed(where / "killed", chosen, whole, seed=3), f"of {KILLS} kills after the first checkpoint")
+    whole, killed = where / "whole", where / "killed"
+    took = play(lambda: train(whole, chosen))
+    count = play_killed(lambda: train(killed, chosen), (killed / CHECKPOINT).exists, took / 3, seed=3)
+    print(count, f"of {KILLS} kills after the first checkpoint")

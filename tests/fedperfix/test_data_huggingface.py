@@ -92,7 +92,7 @@ def test_no_size_no_network_and_no_package(hub, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="--dataset: hf:.*empty cannot be loaded"):
         load(tmp_path / "empty", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"the package datasets is not installed; pip install 'fedperfix\[hf\]'"):
+    with pytest.raises(DataError, match=r"the package datasets is not installed; pip install datasets"):
         load("x", tmp_path)
 
 

@@ -269,7 +269,7 @@ def test_what_has_no_guarantee_is_refused(options: list[str], refused: str) -> N
 def test_without_the_library_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     monkeypatch.setattr(privacy, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs dp-accounting: pip install 'fedperfix\[privacy\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package dp-accounting; pip install dp-accounting"):
         parse_args(["--dp=central"])
 
 

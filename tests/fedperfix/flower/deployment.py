@@ -38,6 +38,13 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **OFFLINE, "FLWR_HOME": str(home), "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
+def free_port() -> int:
+    """A port of this machine that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def until(done: Callable[[], object], seconds: float, what: str) -> None:
     """Wait, and fail with `what` after some time."""
     end = time.monotonic() + seconds
@@ -57,9 +64,8 @@ class Deployment:
         self.folder = folder
         self.env = environment(folder / "home")
         self.processes: list[subprocess.Popen] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
+        self.entrance = self.port  # where nodes connect
         _certificates(folder)
         (folder / "home" / "config.toml").write_text(
             f'[superlink]\ndefault = "mine"\n[superlink.mine]\naddress = "127.0.0.1:{self.port}"\n'
@@ -85,23 +91,40 @@ class Deployment:
 
     def node(self, name: str, client: int, *options: str, secure: bool = True) -> subprocess.Popen:
         """Start the node of a client, with the key of this name if there is one."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        words = ["--superlink", f"127.0.0.1:{self.entrance}", "--port", str(free_port())]
         words += ["--root-certificates", "ca.crt"] if secure else ["--insecure"]
         if (self.folder / name).exists():
             words += ["--auth-supernode-private-key", name]
         place = f'partition-id={client} state-dir="{self.folder / "nodes"}"'
         return self._start(f"node-{name}", "flower-supernode", *words, "--node-config", place, *options)
 
+    def proxy(self, configuration: str) -> None:
+        """Start nginx between the nodes and the server, which the configuration has at the ports 8443 and 8000."""
+        self.entrance = free_port()
+        given = {"8443": str(self.entrance), "8000": str(self.port), "server.example.org": "localhost"}
+        for name, value in given.items():
+            configuration = configuration.replace(name, value)
+        for name in ("server.pem", "server.key", "ca.crt"):
+            configuration = configuration.replace(f" {name};", f" {self.folder / name};")
+        (self.folder / "nginx.conf").write_text(f"pid {self.folder}/nginx.pid;\ndaemon off;\n{configuration}")
+        self._start("nginx", "/usr/sbin/nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"))
+        (self.folder / "home" / "config.toml").open("a").write(
+            f'[superlink.outside]\naddress = "127.0.0.1:{self.entrance}"\n'
+            f'root-certificates = "{self.folder / "ca.crt"}"\n'
+        )
+
     def flwr(self, *words: str, seconds: float) -> str:
         """Run Flower's command; returns what it prints."""
-        run = subprocess.run(
-            [BIN / "flwr", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=seconds
-        )
+        run = self.try_flwr(*words, seconds=seconds)
         assert run.returncode == 0, run.stdout + run.stderr + self.log("link")
         return run.stdout
+
+    def try_flwr(self, *words: str, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Run Flower's command, which may fail."""
+        command = [BIN / "flwr", *words]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=seconds
+        )
 
     def log(self, name: str) -> str:
         """What a process has said."""

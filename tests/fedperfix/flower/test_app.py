@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,12 @@ pytest.importorskip("flwr", reason="needs fedperfix[flower]")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedperfix.config import ConfigError
+from fedperfix.config import ConfigError, parse_args
 from fedperfix.flower import app
 from fedperfix.flower.app import GridNodes, packed, unpacked
 from fedperfix.flower.server import Silence
+from fedperfix.flower.settings import FlowerSettings, to_run_config
+from fedperfix.run.lock import locked
 
 
 def test_a_message_carries_arrays_and_scalars() -> None:
@@ -226,3 +229,14 @@ def test_a_run_that_fails_for_its_user_says_why_in_one_sentence() -> None:
     context = SimpleNamespace(run_config={"rounds": 0})
     with pytest.raises(app.RunFailed, match="^--rounds: got 0, takes a whole number of at least 1$"):
         app.main(Grid({}), context)
+
+
+def test_one_run_at_a_time_has_the_servers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = to_run_config(parse_args(["--method", "fedper"]), FlowerSettings(flower_server_dir="server"))
+    Path("server").mkdir()
+    context = SimpleNamespace(run_config=table)
+    with locked(Path("server"), "flower_server_dir"), pytest.raises(app.RunFailed) as failed:
+        app.main(Grid({}), context)
+    assert str(failed.value).startswith("flower_server_dir: 'server' is in use by another process")
+    assert not list(Path("server").iterdir())

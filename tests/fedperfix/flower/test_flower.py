@@ -114,6 +114,29 @@ def test_a_deployment_has_the_bits_of_one_process_and_lets_no_stranger_in(
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="needs nginx")
+def test_behind_the_proxy_of_the_docs_nodes_work_and_nobody_registers_a_key(
+    alone: tuple[str, float], tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / "flower.md").read_text(encoding="utf-8")
+    with Deployment(tmp_path) as there:
+        there.proxy(text.split("```nginx\n")[1].split("```")[0])
+        for client in range(4):
+            there.register(f"key-{client}")
+            there.node(f"key-{client}", client)
+        app = written(tmp_path)
+        make_key(tmp_path, "stranger")
+        for words in (("supernode", "register", "stranger.pub", "outside"), ("run", str(app), "outside")):
+            refused = there.try_flwr(*words, seconds=60)
+            assert refused.returncode != 0
+            assert "403" in refused.stdout + refused.stderr
+        there.flwr("run", str(app), "mine", "--stream", "--run-config", folders(tmp_path), seconds=400)
+        assert there.log("nginx") == ""
+        there.flwr("supernode", "register", "stranger.pub", "mine", seconds=60)  # why the port must not be open
+    assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("victim", ["node", "server"])
 def test_a_deployment_that_is_killed_goes_on_to_the_same_bits(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedperfix.config import ConfigError, TrainConfig, parse_args
@@ -16,7 +20,9 @@ from fedperfix.flower.server import STATE, Coordinator, NoAnswers, Silence
 from fedperfix.flower.settings import FlowerSettings, from_run_config, to_run_config
 from fedperfix.run import checkpoint
 from tests.fedperfix.flower.local import Change, LocalNodes
+from tests.fedperfix.killed import KILLS
 from tests.fedperfix.test_train_cli import (
+    ROOT,
     SMALL,
     _small,  # noqa: F401  (a fixture)
     curves,
@@ -110,7 +116,7 @@ def test_the_noise_does_not_come_from_the_seed_that_all_know(dp: str) -> None:
     assert shared("server") != shared("again")
     secret = {path.name for path in Path("nodes").glob("*.noise-seed")}
     assert bool(secret) == (dp == "local")
-    for path in Path("nodes").glob("*.noise-seed"):
+    for path in Path("nodes").glob("*.noise-seed") if dp == "local" else [Path("server") / STATE]:
         assert path.stat().st_mode & 0o077 == 0
     if dp == "local":  # an order that comes twice has the same answer, in another process too
         order = {"round": 1, "kept": 0, "token": "0123456789abcdef"}
@@ -286,6 +292,39 @@ def test_a_round_without_answers_ends_the_run_and_loses_nothing() -> None:
     coordinated(config)
     coordinated(config, "whole", nodes="whole-nodes")
     assert shared("server") == shared("whole")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("method", ["fedperfix", "scaffold"])
+def test_nodes_and_a_server_killed_at_20_random_moments_lose_nothing(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fedperfix.flower.killed", str(tmp_path / "runs"), method]
+    Path("runs").mkdir()
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    of_nodes, of_servers = map(int, run.stdout.splitlines()[-1].split()[:2])
+    assert of_nodes == KILLS
+    assert of_servers > KILLS / 2
+    kept = own_states("runs/whole")
+    assert len(kept) == 3
+    for name in ("node", "server"):
+        assert shared(f"runs/{name}/server") == shared("runs/whole/server")
+        assert curves(f"runs/{name}/server") == curves("runs/whole/server")
+        assert own_states(f"runs/{name}") == kept
+
+
+def own_states(folder: str) -> dict[str, str]:
+    """SHA-256 of the tensors of the states that count at the end, by client."""
+    with safe_open(Path(folder) / "server" / STATE, framework="pt") as file:
+        kept, run = file.get_tensor("kept").tolist(), Path(folder) / "nodes" / file.metadata()["token"]
+    files = {f"client-{client}": f"round-{round:06}.safetensors" for client, round in enumerate(kept) if round}
+    found = {name: load_file(run / name / file) for name, file in files.items()}
+    return {
+        name: hashlib.sha256(
+            b"".join(key.encode() + state[key].numpy().tobytes() for key in sorted(state))
+        ).hexdigest()
+        for name, state in found.items()
+    }
 
 
 @pytest.mark.parametrize("dp", ["none", "central"])
