@@ -25,7 +25,10 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; `path` is as it was, and no temporary file is left.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
     try:

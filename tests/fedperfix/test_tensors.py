@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,22 @@ def test_a_full_disk_is_the_systems_error_and_leaves_the_older_file(
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["x.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_by_the_file_that_was_meant(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x.part")
+
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_tensors(FORMAT, path, VALUES, {})
+    assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(path))
+
+
+def test_a_private_file_is_its_owners_alone(path: Path) -> None:
+    os.umask(mask := os.umask(0))  # reading it means setting it
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    write_tensors(FORMAT, path, VALUES, {}, private=True)
+    assert path.stat().st_mode & 0o777 == 0o600
