@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -17,7 +18,14 @@ from fedperfix.run.metrics import MetricsError
 USER_ERRORS = (ConfigError, CheckpointError, MetricsError, OSError, torch.OutOfMemoryError, ProcessLost)
 
 
-def cli(run: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None], int]:
+class Command(Protocol):
+    """The function behind a command line."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """From arguments, None for the process's own, to the exit code."""
+
+
+def cli(run: Callable[[list[str]], int]) -> Command:
     """Make the function behind a command line from one that may raise `USER_ERRORS`.
 
     Args:
