@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Processes of pytest-xdist share the cores. PyTorch reads this when it starts, here and in processes of tests.
+if _WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+
 import pytest
 import torch
 

@@ -240,7 +240,7 @@ def test_clients_drawn_at_random_are_not_called_all(tmp_path: Path) -> None:
 
 
 DAMAGED = {
-    "metrics.jsonl": ('{"round": 1', "[1]", '{"round": 1}', "3"),
+    "metrics.jsonl": ('{"round": 1\n', "[1]\n", '{"round": 1}\n', "3\n"),
     "clients.csv": ("client,accuracy\n0,1\n", "client,train_images,test_images,accuracy\n0,1\n"),
     "environment.json": ("[", "{}x", '[{"time": 3}]'),
     "costs.json": ("{", "3"),
