@@ -261,7 +261,7 @@ def describe_machine(device: torch.device) -> Record:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its cores."""
+    """The GPU's name, or the processor's with its cores and with what one of its name may have or lack."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -269,7 +269,8 @@ def device_name(device: torch.device) -> str:
     if cpuinfo.exists():
         match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
         model = match.group(1).strip() if match else model
-    extensions = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    has = torch.cpu.get_capabilities()
+    extensions = " with AMX" if has.get("amx_tile") else "" if has.get("avx512_f", True) else " without AVX-512"
     return f"{model}{extensions}, {os.cpu_count()} cores"
 
 

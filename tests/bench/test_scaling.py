@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,21 @@ def test_fewer_clients_than_a_round_has_are_refused(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         scaling.main(["--clients", "100", "7"])
     assert "--clients: got 7, takes at least 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("has", "words"),
+    [
+        ({"amx_tile": True, "avx512_f": True}, " with AMX, "),
+        ({"amx_tile": False, "avx512_f": False}, " without AVX-512, "),
+        ({"avx512_f": True}, ", "),
+        ({"neon": True}, ", "),
+    ],
+)
+def test_processors_of_one_name_have_records_of_their_own(
+    has: dict[str, bool], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    name = record.device_name(torch.device("cpu"))
+    assert name.endswith(f"{words}{os.cpu_count()} cores")
+    assert ("with" in name) == ("with" in words)
