@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +60,41 @@ def killed_after(work: Callable[[], int], seconds: float) -> bool:
     return code != 0
 
 
-def play_killed(work: Callable[[], int], begun: Callable[[], bool], longest: float, seed: int) -> int:
-    """The same work, which goes on where it is, killed `KILLS` times, each after so many seconds at most.
+def play_killed(work: Callable[[], int], folder: Path, begun: Path, longest: float, seed: int) -> int:
+    """The same work, which goes on where it is, killed `KILLS` times and then left alone.
+
+    How long a round takes depends on what else the machine does: if the work came to its end before the last kill,
+    or had not begun at most of them, it starts anew with half the time, or half as much again.
+
+    Args:
+        work: what it does.
+        folder: all of its files.
+        begun: the file that is there when the first round is safe.
+        longest: seconds after which it is killed, at most.
+        seed: of the moments.
 
     Returns:
-        How often it had then begun.
+        After how many kills it had begun.
     """
-    moments = np.random.default_rng(seed).uniform(0.0, longest, KILLS)
-    resumed = 0
+    moments = np.random.default_rng(seed).uniform(0.0, 1.0, KILLS)
+    for _ in range(10):
+        found = _kills(work, begun, moments * longest)
+        if found is not None and found > KILLS / 2:
+            assert ended(started(work)) == 0
+            return found
+        longest *= 0.5 if found is None else 1.5
+        shutil.rmtree(folder, ignore_errors=True)
+    raise AssertionError(f"the machine is too uneven: no {KILLS} kills fit into a run")
+
+
+def _kills(work: Callable[[], int], begun: Path, moments: Iterable[float]) -> int | None:
+    """After how many of the kills the work had begun; None if it came to its end before the last one."""
+    count = 0
     for moment in moments:
         if not killed_after(work, moment):
-            break
-        resumed += begun()
-    assert ended(started(work)) == 0
-    return resumed
+            return None
+        count += begun.exists()
+    return count
 
 
 def train(folder: Path, options: Sequence[str]) -> int:
@@ -91,5 +112,5 @@ if __name__ == "__main__":
     where, chosen = Path(sys.argv[1]), sys.argv[2:]
     whole, killed = where / "whole", where / "killed"
     took = play(lambda: train(whole, chosen))
-    count = play_killed(lambda: train(killed, chosen), (killed / CHECKPOINT).exists, took / 3, seed=3)
+    count = play_killed(lambda: train(killed, chosen), killed, killed / CHECKPOINT, took / 3, seed=3)
     print(count, f"of {KILLS} kills after the first checkpoint")

@@ -87,7 +87,8 @@ if __name__ == "__main__":
     coordinate(chosen, node, nodes)
     begun = play_killed(
         lambda: coordinate(chosen, server, LocalNodes(chosen, server / "nodes")),
-        (server / "server" / STATE).exists,
+        server,
+        server / "server" / STATE,
         took / 8,
         seed=7,
     )
