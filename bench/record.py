@@ -270,8 +270,11 @@ def device_name(device: torch.device) -> str:
         match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
         model = match.group(1).strip() if match else model
     has = torch.cpu.get_capabilities()
-    extensions = " with AMX" if has.get("amx_tile") else "" if has.get("avx512_f", True) else " without AVX-512"
-    return f"{model}{extensions}, {os.cpu_count()} cores"
+    if has.get("amx_tile"):
+        model += " with AMX"
+    elif not has.get("avx512_f", True):
+        model += " without AVX-512"
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def slug(name: str) -> str:

@@ -43,9 +43,9 @@ from fedperfix.run.tensors import Format, TensorsError, read_tensors, write_tens
 MODEL, CLIENTS = "model.safetensors", "clients"
 FORMAT = Format("fedperfix-serving")
 _ABOUT = {"round": int, "config": dict, "shape": dict, "classes": list, "own": list}
-# The options from which a model is built; no files, and no seed, which may be a secret.
-_BUILDING = ("fused", *(name for name, item in FIELDS.items() if item.metadata["group"] in ("Method", "Model")))
-_STARTS = ("pretrained", "pretrained_file")  # the weights are there
+# The options from which a model is built: no files, as its weights are there, and no seed, which may be a secret.
+_BUILDING = {"fused", *(name for name, item in FIELDS.items() if item.metadata["group"] in ("Method", "Model"))}
+_BUILDING -= {"pretrained", "pretrained_file"}
 
 
 class ServingError(ValueError):
@@ -312,7 +312,7 @@ def _building(config: TrainConfig) -> dict[str, Any]:
             f"RUN: its method {method.name} changes the model by code of a user's file, which is not exported"
         )
     plain, own = asdict(TrainConfig()), asdict(config)
-    settings = {name: own[name] for name in _BUILDING if name not in _STARTS and own[name] != plain[name]}
+    settings = {name: own[name] for name in sorted(_BUILDING) if own[name] != plain[name]}
     return settings | {"method": config.method if config.method in METHODS else "fedavg"}
 
 
@@ -320,8 +320,8 @@ def _built_from(settings: Mapping[str, Any]) -> TrainConfig:
     unknown = sorted(settings.keys() - FIELDS.keys())
     if unknown:
         raise ConfigError(f"{unknown[0]}: is no option of this version")
-    chosen = {name: settings[name] for name in _BUILDING if name in settings and name not in _STARTS}
-    return TrainConfig(**{name: typed(KINDS[name], value, name) for name, value in chosen.items()})
+    chosen = sorted(settings.keys() & _BUILDING)
+    return TrainConfig(**{name: typed(KINDS[name], settings[name], name) for name in chosen})
 
 
 def _shape(config: TrainConfig, dataset: Any) -> dict[str, Any]:

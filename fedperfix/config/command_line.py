@@ -51,8 +51,10 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     config = TrainConfig(**(settings | values)).validate()
     for name, switch in _NEEDS.items():
         if name in values and getattr(config, switch) == "none":
-            takes = f"{option_name(name)}: got {values[name]:g}, but {option_name(switch)} is none"
-            raise ConfigError(f"{takes}; give {option_name(switch)} too, or leave this out")
+            option, needed = option_name(name), option_name(switch)
+            raise ConfigError(
+                f"{option}: got {values[name]:g}, but {needed} is none; give {needed} too, or leave this out"
+            )
     return config
 
 

@@ -149,7 +149,7 @@ def summary(console: Console, rounds: Sequence[RoundMetrics], folder: Path) -> N
     if left_out:
         print_plain(console, f"left out     {left_out} updates that were not finite or too large")
     if rounds and rounds[-1].epsilon is not None:
-        print_plain(console, f"privacy      epsilon {rounds[-1].epsilon:.3g} of every client's data")
+        print_plain(console, f"privacy      epsilon {rounds[-1].epsilon:.3g} for every client's data")
     print_plain(console, f"run folder   {folder}")
 
 

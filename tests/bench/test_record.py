@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import record
+from bench import record, scaling
 from bench.comparison import Comparison, Plan
+from bench.peers import __main__ as peers
 
 X = torch.arange(1.0, 1001.0)
 MACHINE = {
@@ -144,3 +146,34 @@ def test_a_write_that_fails_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         record.write({"a": object()}, path)
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("module", [scaling, record, peers])
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
+    module, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    option = "--out" if module is peers else "--output"
+    for path, reason in ((tmp_path / "file" / "x.json", "cannot be written"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as ended:
+            module.main([option, str(path)])
+        assert ended.value.code == 2
+        assert f"{option}: '{path}' {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("has", "words"),
+    [
+        ({"amx_tile": True, "avx512_f": True}, " with AMX, "),
+        ({"amx_tile": False, "avx512_f": False}, " without AVX-512, "),
+        ({"avx512_f": True}, ", "),
+        ({"neon": True}, ", "),
+    ],
+)
+def test_processors_of_one_name_have_records_of_their_own(
+    has: dict[str, bool], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    name = record.device_name(torch.device("cpu"))
+    assert name.endswith(f"{words}{os.cpu_count()} cores")
+    assert ("with" in name) == ("with" in words)

@@ -105,10 +105,15 @@ def train(folder: Path, options: Sequence[str]) -> int:
     return main([*options, "--run-dir", str(folder)])
 
 
-if __name__ == "__main__":
+def prepare() -> None:
+    """Compute on one thread, which a fork can go on with, and give `cifar10` and `tiny` the size of a test."""
     torch.set_num_threads(1)
     DATASETS["cifar10"] = lambda data_dir: tiny.dataset()
     PRESETS["tiny"] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+if __name__ == "__main__":
+    prepare()
     where, chosen = Path(sys.argv[1]), sys.argv[2:]
     whole, killed = where / "whole", where / "killed"
     took = play(lambda: train(whole, chosen))

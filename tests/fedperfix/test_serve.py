@@ -246,7 +246,7 @@ def reexported(path: Path, **changes: object) -> None:
         ({"shape": {"image_size": 8, "channels": "x"}}, "cannot build it"),
     ],
 )
-def test_a_model_that_cannot_be_built(changes: dict, match: str, exported: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_built(changes: dict, match: str, exported: Path) -> None:
     reexported(exported / MODEL, **changes)
     with pytest.raises(ServingError, match=match) as caught:
         load(exported)

@@ -108,10 +108,9 @@ class Deployment:
             configuration = configuration.replace(f" {name};", f" {self.folder / name};")
         (self.folder / "nginx.conf").write_text(f"pid {self.folder}/nginx.pid;\ndaemon off;\n{configuration}")
         self._start("nginx", "/usr/sbin/nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"))
-        (self.folder / "home" / "config.toml").open("a").write(
-            f'[superlink.outside]\naddress = "127.0.0.1:{self.entrance}"\n'
-            f'root-certificates = "{self.folder / "ca.crt"}"\n'
-        )
+        with open(self.folder / "home" / "config.toml", "a") as file:
+            file.write(f'[superlink.outside]\naddress = "127.0.0.1:{self.entrance}"\n')
+            file.write(f'root-certificates = "{self.folder / "ca.crt"}"\n')
 
     def flwr(self, *words: str, seconds: float) -> str:
         """Run Flower's command; returns what it prints."""

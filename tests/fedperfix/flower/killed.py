@@ -20,13 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedperfix.config import TrainConfig, parse_args
-from fedperfix.data import DATASETS
 from fedperfix.flower.node import Answer, Node
 from fedperfix.flower.server import STATE, Coordinator, Nodes
-from fedperfix.models import PRESETS
-from tests.fedperfix import tiny
 from tests.fedperfix.flower.local import LocalNodes
-from tests.fedperfix.killed import KILLS, ROUNDS, killed_after, play, play_killed
+from tests.fedperfix.killed import KILLS, ROUNDS, killed_after, play, play_killed, prepare
 from tests.fedperfix.test_train_cli import SMALL
 
 
@@ -74,9 +71,7 @@ def coordinate(config: TrainConfig, folder: Path, nodes: Nodes) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    DATASETS["cifar10"] = lambda data_dir: tiny.dataset()
-    PRESETS["tiny"] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    prepare()
     where, method = Path(sys.argv[1]), sys.argv[2]
     options = [*SMALL, "--rounds", str(ROUNDS), "--method", method, "--optimizer", "sgd", "--precision", "fp32"]
     chosen = parse_args(options)
