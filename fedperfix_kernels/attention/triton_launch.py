@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from fedperfix_kernels.attention.configs import (
     padded_head_dim,
     row_blocks,
 )
+from fedperfix_kernels.attention.inputs import Inputs, branches, token_strides
 from fedperfix_kernels.attention.kernels.forward import attention_forward
 from fedperfix_kernels.attention.kernels.split_backward import (
     attention_backward_bias,
@@ -37,68 +38,6 @@ from fedperfix_kernels.attention.kernels.whole_backward import attention_backwar
 # Programs that share a prefix's (or a bias's) gradient sum their images one after the other; this many programs
 # fill a large GPU, and each group of images costs one float32 copy of that gradient.
 _TARGET_PROGRAMS = 1024
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What forward and backward read.
-
-    Args:
-        q, k, v: [B, N, H, D], innermost stride 1.
-        prefix_k, prefix_v: [B, L, H, D], [1, L, H, D], or [T, L, H, D] with `prefix_index`; innermost stride 1.
-        gate: [H], or [T, H] with `prefix_index`; float32 (float64 with float64 inputs), contiguous.
-        bias: [G, H, N, N], the last two dimensions contiguous, or None.
-        key_mask: bool [B, N], contiguous, or None.
-        prefix_index: int32 or int64 [B], contiguous, or None.
-        mode: `gated`, `concat` or `additive`.
-        scale: factor of the scores.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor
-    prefix_v: Tensor
-    gate: Tensor
-    bias: Tensor | None
-    key_mask: Tensor | None
-    prefix_index: Tensor | None
-    mode: str
-    scale: float
-
-    @property
-    def shared(self) -> bool:
-        """Whether one prefix serves the whole batch, without an index."""
-        return self.prefix_index is None and self.prefix_k.shape[0] == 1 and self.q.shape[0] > 1
-
-    @property
-    def prefix_len(self) -> int:
-        """L."""
-        return self.prefix_k.shape[1]
-
-    @property
-    def bias_groups(self) -> int:
-        """G; 1 without a bias."""
-        return 1 if self.bias is None else self.bias.shape[0]
-
-    def optional(self) -> tuple[Tensor, Tensor, Tensor]:
-        """bias, key_mask, prefix_index, with q standing in for what is not there (and is then not read)."""
-        return tuple(self.q if x is None else x for x in (self.bias, self.key_mask, self.prefix_index))
-
-    def strides(self) -> tuple[int, ...]:
-        """Those of q, k, v, p_k, p_v, then of the gate (client) and the bias (group, head)."""
-        gate = self.gate.stride(0) if self.gate.dim() == 2 and self.gate.shape[0] > 1 else 0
-        bias = (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1))
-        tensors = (self.q, self.k, self.v, self.prefix_k, self.prefix_v)
-        return (*(s for x in tensors for s in _strides(x)), gate, *bias)
-
-    def features(self) -> dict[str, bool]:
-        """The kernels' flags for what is there."""
-        return {
-            "BIAS": self.bias is not None,
-            "MASK": self.key_mask is not None,
-            "INDEXED": self.prefix_index is not None,
-        }
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -151,11 +90,6 @@ def backward(
     return dqkv, dprefix, dgate, dbias
 
 
-def branches(mode: str) -> int:
-    """Rows of log-sum-exps that a mode keeps: one per softmax."""
-    return 2 if mode == "gated" else 1
-
-
 def _whole(
     dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, dqkv: Tensor, config: LaunchConfig
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +104,7 @@ def _whole(
     attention_backward_whole[(batch * heads,)](
         q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, out, dout, lse,
         *dqkv.unbind(2), *dprefix.unbind(2), dgate, partial,
-        *inputs.strides()[:15], *_strides(dout), *dqkv.stride()[:2], dqkv.stride(3),
+        *inputs.strides()[:15], *token_strides(dout), *dqkv.stride()[:2], dqkv.stride(3),
         *dprefix.stride()[:2], dprefix.stride(3),
         heads, tokens, inputs.prefix_len, inputs.scale,
         MODE=inputs.mode, BLOCK_N=key_block(tokens), BLOCK_L=key_block(inputs.prefix_len) if two_branches else 0,
@@ -253,7 +187,7 @@ def _launch_queries(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, delt
     attention_backward_queries[batch * heads, triton.cdiv(tokens, config.block_m)](
         inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, *inputs.optional(),
         out, dout, lse, dq, delta,
-        *inputs.strides(), *_strides(dout), *_strides(dq),
+        *inputs.strides(), *token_strides(dout), *token_strides(dq),
         heads, tokens, inputs.prefix_len, inputs.bias_groups, inputs.scale,
         MODE=inputs.mode, **inputs.features(), **_key_blocks(inputs, config),
         **_constants(inputs.q, config), BLOCK_N=config.block_n,
@@ -297,7 +231,7 @@ def _launch_keys(
     attention_backward_keys[groups * heads, blocks](
         q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, bias, key_mask, order, bounds,
         dout, lse, delta, dk, dv, dprefix_k, dprefix_v, dgate,
-        *strides, *_strides(dout), *_strides(dk), *_strides(dprefix_k),
+        *strides, *token_strides(dout), *token_strides(dk), *token_strides(dprefix_k),
         batch, batch_per_program, heads, tokens, length, inputs.bias_groups, inputs.scale,
         BRANCH=branch, BIAS=inputs.bias is not None, MASK=inputs.key_mask is not None, INDEXED=by_client,
         **_query_blocks(tokens, config), **_constants(q, config), BLOCK_N=config.block_n,
@@ -321,7 +255,7 @@ def _bias_gradient(dout: Tensor, inputs: Inputs, lse: Tensor, delta: Tensor) -> 
     attention_backward_bias[parts * groups * heads, blocks[0], blocks[1]](
         inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.gate, *inputs.optional(),
         dout, lse[0], delta[0], dbias,
-        *inputs.strides(), *_strides(dout),
+        *inputs.strides(), *token_strides(dout),
         images, per_program, heads, tokens, groups, inputs.scale,
         ADD=inputs.mode == "additive", **features, **_constants(inputs.q, config), BLOCK_N=config.block_n,
     )  # fmt: skip
@@ -349,11 +283,6 @@ def _empty_prefix(inputs: Inputs, groups: int) -> Tensor:
     summed = inputs.shared or (inputs.prefix_index is not None and inputs.mode == "additive")
     dtype = inputs.gate.dtype if summed else q.dtype
     return torch.empty((groups, inputs.prefix_len, 2, q.shape[2], q.shape[3]), dtype=dtype, device=q.device)
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, token and head; a batch of one (a shared prefix) does not advance."""
-    return (0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
 def _key_blocks(inputs: Inputs, config: LaunchConfig) -> dict[str, int]:

@@ -1,0 +1,149 @@
+"""The library of native kernels: load it, choose an instruction set, run in PyTorch's threads.
+
+The library depends on neither PyTorch nor an OpenMP runtime. It is given two functions of the runtime that PyTorch
+has loaded (libgomp on Linux, LLVM's on macOS, Intel's where a distribution builds with it; all three know GCC's
+interface): a parallel region, and how many threads `torch.set_num_threads` allows. So there is one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fedperfix_kernels.checks import message
+
+# Slowest first. `portable` is what the compiler's vector extensions give without asking for a set: NEON on AArch64.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+VARIABLE = "FEDPERFIX_INSTRUCTION_SET"
+
+_PATH = Path(__file__).with_name("_library.so")
+_DONE, _NO_MEMORY = 0, 1
+_NOT_BUILT, _NOT_HERE, _RUNS = range(3)
+# The runtimes that PyTorch is built with, and the names of their files.
+_RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib", "libiomp5.dylib")
+
+
+def obstacle() -> str:
+    """Why the native kernels cannot run in this process; empty if they can."""
+    return _loaded()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it cannot run here; the message says why.
+    """
+    found, why = _loaded()
+    if found is None:
+        raise RuntimeError(f"native kernels: {why}")
+    return found
+
+
+def instruction_sets() -> dict[str, str]:
+    """Every instruction set by name: `runs`, `not on this processor` or `not built`."""
+    states = {_NOT_BUILT: "not built", _NOT_HERE: "not on this processor", _RUNS: "runs"}
+    return {name: states[library().fedperfix_set_state(name.encode())] for name in INSTRUCTION_SETS}
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    library()
+    return _in_use[0]
+
+
+def use_instruction_set(name: str | None) -> None:
+    """Compute with another instruction set from now on: for tests, and to find a fault in one.
+
+    Args:
+        name: one of `INSTRUCTION_SETS` that runs here, or None for the fastest (or the one that the environment
+            variable FEDPERFIX_INSTRUCTION_SET names).
+
+    Raises:
+        ValueError: a name that is unknown or does not run here.
+    """
+    _use(library(), name)
+
+
+def call(function: str, argument: ctypes.Structure) -> None:
+    """Run one of the library's operations.
+
+    Args:
+        function: its name without `fedperfix_`.
+        argument: the operation's struct.
+
+    Raises:
+        MemoryError: there is no memory for what the operation computes with.
+    """
+    if getattr(library(), f"fedperfix_{function}")(ctypes.byref(argument)) == _NO_MEMORY:
+        raise MemoryError(f"native {function}: no memory for its scratch space; use fewer threads")
+
+
+def threads() -> int:
+    """How many threads an operation uses."""
+    return library().fedperfix_threads()
+
+
+def runtime() -> str:
+    """File of the OpenMP runtime whose threads are used; empty if there is none and everything runs on one thread."""
+    found = _runtime()
+    return "" if found is None else str(found._name)
+
+
+_in_use = [""]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    if not _PATH.exists():
+        return None, "the library was not built: no C compiler was found when the package was installed"
+    try:
+        found = ctypes.CDLL(str(_PATH))
+        _use(found, None)
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    _use_threads(found)
+    if hasattr(os, "register_at_fork"):
+        # A forked process has none of the pool's threads and would wait for them for ever.
+        os.register_at_fork(after_in_child=lambda: found.fedperfix_use_threads(None, None))
+    return found, ""
+
+
+def _use(found: ctypes.CDLL, name: str | None) -> None:
+    running = [x for x in INSTRUCTION_SETS if found.fedperfix_set_state(x.encode()) == _RUNS]
+    wanted = name if name is not None else os.environ.get(VARIABLE) or running[-1]
+    if wanted not in running:
+        argument = VARIABLE if name is None else "instruction set"
+        raise ValueError(message(argument, repr(wanted), "one that runs here: " + ", ".join(running)))
+    found.fedperfix_use_set(wanted.encode())
+    _in_use[0] = wanted
+
+
+def _use_threads(found: ctypes.CDLL) -> None:
+    omp = _runtime()
+    found.fedperfix_use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    if omp is not None:
+        region, count = (ctypes.cast(f, ctypes.c_void_p) for f in (omp.GOMP_parallel, omp.omp_get_max_threads))
+        found.fedperfix_use_threads(region, count)
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime that PyTorch has loaded, never another one."""
+    if sys.platform == "win32" or not torch.backends.openmp.is_available():
+        return None
+    bundled = Path(torch.__file__).parent
+    files = [*bundled.glob("lib/lib*omp*"), *bundled.parent.glob("torch.libs/lib*omp*")]
+    for name in (*map(str, files), *_RUNTIMES):
+        try:
+            found = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LOCAL)
+            if hasattr(found, "GOMP_parallel"):
+                return found
+        except OSError:  # not loaded
+            continue
+    return None
