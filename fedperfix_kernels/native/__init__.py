@@ -2,10 +2,18 @@
 
 from fedperfix_kernels.native.library import (
     INSTRUCTION_SETS,
+    PORTABLE_IS_FAST,
     instruction_set,
     instruction_sets,
     obstacle,
     use_instruction_set,
 )
 
-__all__ = ["INSTRUCTION_SETS", "instruction_set", "instruction_sets", "obstacle", "use_instruction_set"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "PORTABLE_IS_FAST",
+    "instruction_set",
+    "instruction_sets",
+    "obstacle",
+    "use_instruction_set",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from fedperfix_kernels.checks import message
 
 # Slowest first. `portable` is what the compiler's vector extensions give without asking for a set: NEON on AArch64.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+# On AArch64 every processor has NEON; on x86 the baseline is SSE2, which PyTorch's own operations outdo.
+PORTABLE_IS_FAST = platform.machine().lower() in ("aarch64", "arm64")
 VARIABLE = "FEDPERFIX_INSTRUCTION_SET"
 
 _PATH = Path(__file__).with_name("_library.so")
