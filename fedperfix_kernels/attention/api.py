@@ -12,6 +12,7 @@ from fedperfix_kernels.backends import resolve
 from fedperfix_kernels.checks import check_choice, check_tensor, describe, message
 
 MODES = ("gated", "concat", "additive")
+FUSED = ("triton", "native")  # backends with kernels of their own, forward and backward
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,7 +54,7 @@ def prefix_attention(
             without any key has a base branch of zeros.
         prefix_index: integers [B], from 0 to T − 1: each image's row of the prefix table (and of the gates), so
             that one batch serves many clients.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Under autocast the inputs are cast to its dtype, as in scaled_dot_product_attention. The triton backend
     computes float32 products in full precision unless PyTorch's own matrix products are set to TF32. The table's
@@ -75,9 +76,9 @@ def prefix_attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if q.numel() == 0:
         return torch.zeros_like(q)
-    if backend == "triton":
+    if backend in FUSED:
         tensors = map(_readable, (q, k, v, prefix_k, prefix_v))
-        return PrefixAttentionFunction.apply(*tensors, gate, bias, key_mask, index, mode, scale)[0]
+        return PrefixAttentionFunction.apply(*tensors, gate, bias, key_mask, index, mode, scale, backend)[0]
     if index is not None:
         prefix_k, prefix_v = prefix_k[index], prefix_v[index]
         gate = gate[index] if gate.dim() == 2 else gate
@@ -117,7 +118,8 @@ def packed_prefix_attention(
         if tensor.dim() != 5 or tensor.shape[2] != parts:
             raise ValueError(message(name, describe(tensor), f"shape [batch, tokens, {parts}, heads, head_dim]"))
     q, k, v, prefix_k, prefix_v = (*qkv.unbind(2), *prefix.unbind(2))
-    if resolve(backend, qkv.device) != "triton" or qkv.numel() == 0:
+    implementation = resolve(backend, qkv.device, _native_limit(q, backend))
+    if implementation not in FUSED or qkv.numel() == 0:
         return prefix_attention(
             q, k, v, prefix_k, prefix_v, gate,
             mode=mode, scale=scale, bias=bias, key_mask=key_mask, prefix_index=prefix_index, backend=backend,
@@ -127,7 +129,8 @@ def packed_prefix_attention(
     gate = _gate_per_head(gate, q, clients)
     options = (_checked_bias(bias, q), _checked_mask(key_mask, q), _checked_index(prefix_index, q, clients))
     scale = float(qkv.shape[-1] ** -0.5 if scale is None else scale)
-    return PackedPrefixAttentionFunction.apply(_readable(qkv), _readable(prefix), gate, *options, mode, scale)[0]
+    tensors = _readable(qkv), _readable(prefix)
+    return PackedPrefixAttentionFunction.apply(*tensors, gate, *options, mode, scale, implementation)[0]
 
 
 def _autocast(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -178,10 +181,19 @@ def _check(
     if mode == "additive" and prefix_len != tokens:
         takes = f"{tokens} in mode 'additive', one per token"
         raise ValueError(message("prefix_k", f"{prefix_len} prefix keys", takes, "use mode 'gated' or 'concat'"))
-    backend = resolve(backend, q.device)
+    backend = resolve(backend, q.device, _native_limit(q, backend))
     if backend == "triton":
         _check_triton(q)
     return backend
+
+
+def _native_limit(q: Tensor, backend: str | None) -> str:
+    """Why the native kernels do not take q; empty if they do. Their float64 is slow: it runs where it is asked for."""
+    if q.dtype == torch.float64 and backend != "native":
+        return "the native kernels are slow in float64"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"the native kernels take a head_dim of at most {MAX_HEAD_DIM}, and q has {q.shape[-1]}"
+    return ""
 
 
 def _check_triton(q: Tensor) -> None:

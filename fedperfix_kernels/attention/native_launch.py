@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_double, c_int32, c_int64, c_void_p
 
 import torch
@@ -47,7 +48,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((branches(inputs.mode), batch, heads, tokens), dtype=inputs.gate.dtype)
-    call, kept = _call(inputs)
+    call, kept, _ = _call(inputs)
     call.out, call.lse = out.data_ptr(), lse.data_ptr()
     library.call("attention_forward", call)
     del kept
@@ -72,13 +73,12 @@ def backward(
     q, gate = inputs.q, inputs.gate
     batch, tokens, heads, head_dim = q.shape
     rows, length = inputs.prefix_k.shape[:2]
-    call, kept = _call(inputs)
+    call, kept, divided = _call(inputs)
     dqkv = q.new_empty((batch, tokens, 3, heads, head_dim))
     dprefix = q.new_empty((rows, length, 2, heads, head_dim) if need_prefix else (0, 0, 2, heads, head_dim))
     per_image = gate.new_empty((batch, heads) if need_prefix else (0,))
     dbias = gate.new_empty(inputs.bias.shape if need_bias else (0,))
-    shares = need_prefix and call.chunks > 0 and bool((kept["row_chunks"].diff() > 1).any())
-    partial = gate.new_empty((call.chunks, length, 2, heads, head_dim) if shares else (0,))
+    partial = gate.new_empty((call.chunks if need_prefix and divided else 0, length, 2, heads, head_dim))
     call.dout, call.dout_strides = dout.data_ptr(), (c_int64 * 3)(*dout.stride()[:3])
     call.lse, call.dqkv, call.partial = lse.data_ptr(), dqkv.data_ptr(), partial.data_ptr()
     if need_prefix:
@@ -94,15 +94,14 @@ def _of_gate(inputs: Inputs, per_image: Tensor) -> Tensor:
     """The gate's gradient [H] or [T, H] from that of each image [B, H]."""
     if inputs.gate.dim() == 1:
         return per_image.sum(0)
-    return torch.zeros_like(inputs.gate).index_add_(0, _rows(inputs), per_image)
+    return torch.zeros_like(inputs.gate).index_add_(0, inputs.prefix_index, per_image)
 
 
-def _call(inputs: Inputs) -> tuple[_Call, dict[str, Tensor]]:
-    """The struct without results, and the tensors that must live as long as it."""
+def _call(inputs: Inputs) -> tuple[_Call, dict[str, Tensor], bool]:
+    """The struct without results, the tensors that must live as long as it, and whether rows have several chunks."""
     q = inputs.q
     batch, tokens, heads, head_dim = q.shape
-    row = _rows(inputs)
-    images, chunk_start, row_chunks = _chunks(row, inputs.prefix_k.shape[0])
+    row, images, chunk_start, row_chunks, divided = _division(inputs)
     kept = {"row": row, "images": images, "chunk_start": chunk_start, "row_chunks": row_chunks}
     call = _Call(
         batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, prefix_len=inputs.prefix_len,
@@ -122,19 +121,27 @@ def _call(inputs: Inputs) -> tuple[_Call, dict[str, Tensor]]:
     call.gate = inputs.gate.data_ptr()
     for name in ("row", "images", "chunk_start", "row_chunks"):
         setattr(call, name, kept[name].data_ptr())
-    return call, kept
+    return call, kept, divided
 
 
-def _rows(inputs: Inputs) -> Tensor:
-    """Each image's row of the prefix: int64 [B]."""
-    batch = inputs.q.shape[0]
-    if inputs.prefix_index is not None:
-        return inputs.prefix_index.to(torch.int64)
-    return torch.zeros(batch, dtype=torch.int64) if inputs.shared else torch.arange(batch)
+def _division(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Each image's row of the prefix [B], and `_chunks` of it."""
+    batch, rows = inputs.q.shape[0], inputs.prefix_k.shape[0]
+    if inputs.prefix_index is None:
+        return _plain_division(batch, inputs.shared)
+    row = inputs.prefix_index.to(torch.int64)
+    return row, *_chunks(row, rows)
 
 
-def _chunks(row: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images in order of their rows, where each chunk of them starts, and where each row's chunks start."""
+@functools.lru_cache(maxsize=64)
+def _plain_division(batch: int, shared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    row = torch.zeros(batch, dtype=torch.int64) if shared else torch.arange(batch)
+    return row, *_chunks(row, 1 if shared else batch)
+
+
+def _chunks(row: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Images in order of their rows, where each chunk of them starts, where each row's chunks start, and whether
+    there are more chunks than rows with images."""
     images = row.argsort(stable=True)
     counts = torch.bincount(row, minlength=rows)
     starts = counts.cumsum(0) - counts
@@ -143,4 +150,9 @@ def _chunks(row: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     of = torch.repeat_interleave(torch.arange(rows), chunks)  # each chunk's row
     within = torch.arange(len(of)) - row_chunks[of]
     chunk_start = starts[of] + within * counts[of] // chunks[of]
-    return images, torch.cat([chunk_start, chunk_start.new_tensor([len(row)])]), row_chunks
+    return (
+        images,
+        torch.cat([chunk_start, chunk_start.new_tensor([len(row)])]),
+        row_chunks,
+        bool((chunks > 1).any()),
+    )

@@ -1,4 +1,4 @@
-"""The Triton implementation as PyTorch operators, so that autograd, torch.compile, vmap and opcheck know it.
+"""The fused implementations as PyTorch operators, so that autograd, torch.compile, vmap and opcheck know it.
 
 Two forward operators share one backward operator: `prefix_attention` takes q, k, v, p_k, p_v apart, and
 `packed_prefix_attention` takes the outputs of the two projections as they are, so that their gradients are
@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedperfix_kernels.attention import native_launch
+from fedperfix_kernels.attention.inputs import Inputs
+
 _library = torch.library.Library("fedperfix", "FRAGMENT")
-_OPTIONS = "Tensor gate, Tensor? bias, Tensor? key_mask, Tensor? prefix_index, str mode, float scale"
+_OPTIONS = (
+    "Tensor gate, Tensor? bias, Tensor? key_mask, Tensor? prefix_index, str mode, float scale, str implementation"
+)
 _library.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
     f"{_OPTIONS}) -> (Tensor, Tensor)"
@@ -30,23 +35,29 @@ _library.define(
 )
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _launch(implementation: str) -> Any:
+    """The module that allocates and runs the kernels: of `triton` or `native`."""
+    if implementation == "native":
+        return native_launch
     from fedperfix_kernels.attention import triton_launch  # only here: triton may not be installed
 
-    return triton_launch.forward(triton_launch.Inputs(*inputs))
+    return triton_launch
+
+
+def _forward(*given: Any) -> tuple[Tensor, Tensor]:
+    *inputs, implementation = given
+    return _launch(implementation).forward(Inputs(*inputs))
 
 
 def _packed_forward(qkv: Tensor, prefix: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _forward(*qkv.unbind(2), *prefix.unbind(2), *options)
 
 
-def _backward(dout: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fedperfix_kernels.attention import triton_launch
-
-    *given, need_prefix, need_bias = inputs
+def _backward(dout: Tensor, out: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, implementation, need_prefix, need_bias = given
     if dout.stride(-1) != 1:  # for example the expanded gradient of out.sum()
         dout = dout.contiguous()
-    return triton_launch.backward(dout, triton_launch.Inputs(*given), out, lse, need_prefix, need_bias)
+    return _launch(implementation).backward(dout, Inputs(*inputs), out, lse, need_prefix, need_bias)
 
 
 for _name, _function in (
@@ -61,7 +72,7 @@ for _name, _function in (
 
 
 @torch.library.register_fake("fedperfix::prefix_attention")
-def _fake_forward(q, k, v, prefix_k, prefix_v, gate, bias, key_mask, prefix_index, mode, scale):
+def _fake_forward(q, k, v, prefix_k, prefix_v, gate, bias, key_mask, prefix_index, mode, scale, implementation):
     batch, tokens, heads, _ = q.shape
     branches = 2 if mode == "gated" else 1
     return q.new_empty(q.shape), gate.new_empty((branches, batch, heads, tokens))
@@ -88,6 +99,7 @@ def _fake_backward(
     prefix_index,
     mode,
     scale,
+    implementation,
     need_prefix,
     need_bias,
 ):
@@ -105,35 +117,36 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.mode, ctx.scale = inputs
+    *tensors, ctx.mode, ctx.scale, ctx.implementation = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 11
+        return (None,) * 12
     out, lse, *tensors = ctx.saved_tensors
     need_prefix, need_bias = any(ctx.needs_input_grad[3:6]), ctx.needs_input_grad[6]
     dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
-        dout, out, lse, *tensors, ctx.mode, ctx.scale, need_prefix, need_bias
+        dout, out, lse, *tensors, ctx.mode, ctx.scale, ctx.implementation, need_prefix, need_bias
     )
     dprefix_k, dprefix_v, dgate = (*dprefix.unbind(2), dgate) if need_prefix else (None, None, None)
     dbias = dbias.to(tensors[6].dtype) if need_bias else None
-    return *dqkv.unbind(2), dprefix_k, dprefix_v, dgate, dbias, None, None, None, None
+    return *dqkv.unbind(2), dprefix_k, dprefix_v, dgate, dbias, None, None, None, None, None
 
 
 def _packed_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     out, lse, qkv, prefix, *options = ctx.saved_tensors
     need_prefix, need_bias = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]
     dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
-        dout, out, lse, *qkv.unbind(2), *prefix.unbind(2), *options, ctx.mode, ctx.scale, need_prefix, need_bias
-    )
+        dout, out, lse, *qkv.unbind(2), *prefix.unbind(2), *options,
+        ctx.mode, ctx.scale, ctx.implementation, need_prefix, need_bias,
+    )  # fmt: skip
     dprefix, dgate = (dprefix, dgate) if need_prefix else (None, None)
     dbias = dbias.to(options[1].dtype) if need_bias else None
-    return dqkv, dprefix, dgate, dbias, None, None, None, None
+    return dqkv, dprefix, dgate, dbias, None, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
@@ -260,7 +273,7 @@ def _vmap_backward(info, in_dims, dout, out, lse, q, k, v, prefix_k, prefix_v, *
     lse = folding.join(lse, in_dims[2], 1).contiguous()
     tensors = [folding.join(x, dim) for x, dim in zip((q, k, v, prefix_k, prefix_v), in_dims[3:8], strict=True)]
     rows = tensors[3].shape[0] // info.batch_size
-    batch, need_prefix = tensors[0].shape[0] // info.batch_size, options[6]
+    batch, need_prefix = tensors[0].shape[0] // info.batch_size, options[7]
     joined = folding.options(batch, rows, options[:4], in_dims[8:12], gate_per_copy=need_prefix)
     dqkv, dprefix, dgate, dbias = torch.ops.fedperfix.prefix_attention_backward(
         dout, out, lse, *_readable(*tensors), *joined, *options[4:]
@@ -270,7 +283,7 @@ def _vmap_backward(info, in_dims, dout, out, lse, q, k, v, prefix_k, prefix_v, *
     if need_prefix and one_gate:  # its rows were copies of one gate
         dgate = dgate.sum(0)
     gate_dim = 0 if one_gate else 1
-    dims = (1, 1 if need_prefix else None, gate_dim if need_prefix else None, 1 if options[7] else None)
+    dims = (1, 1 if need_prefix else None, gate_dim if need_prefix else None, 1 if options[8] else None)
     return (folding.part(dqkv), folding.part(dprefix), dgate, folding.part(dbias)), dims
 
 

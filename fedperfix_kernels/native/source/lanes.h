@@ -75,13 +75,12 @@ INLINE lanes exp2_of(lanes x) {
     return x;
 }
 #else
-/* 2^x for x ≤ 127, to 1e-7; 0 below −126; NaN stays NaN.
+/* 2^x for x < 128, to 1e-7; 0 below −126; NaN stays NaN.
    2^x = 2^n · 2^f with |f| ≤ 1/2. Adding 1.5·2^23 + 127 rounds to the integer n and leaves n + 127, the exponent's
    bits, at the end of the sum. The polynomial is the minimax one of degree 5 for the relative error. */
 INLINE lanes exp2_of(lanes x) {
     const lanes shift = all(12582912.0f + 127.0f);
-    mask tiny = x < all(-126.0f);
-    x = choose(tiny, all(-126.0f), x);
+    mask tiny = x < all(-126.0f); /* the exponent's bits would wrap around */
     lanes shifted = x + shift;
     lanes f = x - (shifted - shift);
     lanes power = all(1.327647217e-3f);

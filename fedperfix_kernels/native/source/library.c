@@ -200,9 +200,7 @@ EXPORT int fedperfix_attention_backward(struct attention *call) {
     int status = run_all(&set->attention_backward, call, call->chunks * call->heads);
     if (status == DONE && call->dprefix) status = run_all(&set->attention_prefix, call, call->rows);
     if (status == DONE && call->dbias) {
-        int64_t lanes = set->vector_bytes / (call->dtype == 3 ? 8 : 4);
-        int64_t vectors = (call->tokens + lanes - 1) / lanes;
-        int64_t blocks = (vectors + 5) / 6; /* BLOCK_VECTORS of attention.c */
+        int64_t blocks = set->attention_bias_blocks(call);
         status = run_all(&set->attention_bias, call, call->bias_groups * call->heads * blocks);
     }
     return status;

@@ -43,6 +43,7 @@ struct instruction_set {
     const char *name;
     int32_t vector_bytes;
     struct kernel attention_forward, attention_backward, attention_prefix, attention_bias;
+    int64_t (*attention_bias_blocks)(const void *call); /* items of attention_bias for each head of a group */
 };
 
 #endif

@@ -1,6 +1,6 @@
 /* Matrix products of blocks that lie in the caches.
 
-       c[i, j] (+)= scale[j] · Σ_t a[i, t] · b[t, j]        i < rows, j < columns, t < depth
+       c[i, j] (+)= scale[i] · Σ_t a[i, t] · b[t, j]        i < rows, j < columns, t < depth
 
    a is read one element at a time, with any two strides; the rows of b and c are contiguous, and their columns are a
    multiple of LANES. A tile of c stays in registers: ROWS[v] rows by v vectors, chosen so that the sums, v vectors of
@@ -27,9 +27,9 @@ INLINE void PRODUCT(tile)(const int rows, const int vectors, long depth, const E
         a += a_step;
         b += b_step;
     }
-    UNROLL for (int v = 0; v < vectors; v++) {
-        lanes factor = scale ? load(scale + v * LANES) : all(1);
-        UNROLL for (int i = 0; i < rows; i++) {
+    UNROLL for (int i = 0; i < rows; i++) {
+        lanes factor = all(scale ? scale[i] : 1);
+        UNROLL for (int v = 0; v < vectors; v++) {
             real *to = c + i * c_row + v * LANES;
             lanes value = sum[i][v] * factor;
             store(to, add ? load(to) + value : value);
@@ -47,9 +47,12 @@ INLINE void PRODUCT(tile)(const int rows, const int vectors, long depth, const E
     static __attribute__((noinline)) void PRODUCT(column##v)(                                                      \
         long rows, long depth, const ELEMENT *a, long a_row, long a_step, const ELEMENT *b, long b_step, real *c,  \
         long c_row, const real *scale, int add) {                                                                  \
-        for (; rows > 0; rows -= most, a += most * a_row, c += most * c_row) switch (rows < most ? rows : most) {  \
-                CASES(v)                                                                                           \
-            }                                                                                                      \
+        for (; rows > 0; rows -= most) {                                                                           \
+            switch (rows < most ? rows : most) { CASES(v) }                                                        \
+            a += most * a_row;                                                                                     \
+            c += most * c_row;                                                                                     \
+            scale = scale ? scale + most : 0;                                                                      \
+        }                                                                                                          \
     }
 
 #if VECTOR_BYTES == 32 /* 16 registers */
@@ -76,7 +79,6 @@ static void PRODUCT(product)(long rows, long columns, long depth, const ELEMENT 
         left -= v;
         b += v * LANES;
         c += v * LANES;
-        scale = scale ? scale + v * LANES : 0;
     }
 }
 

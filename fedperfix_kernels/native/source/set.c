@@ -14,4 +14,5 @@ const struct instruction_set NAME(kernels, SET) = {
     KERNEL(attention_backward),
     KERNEL(attention_prefix),
     KERNEL(attention_bias),
+    attention_bias_blocks,
 };
