@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Processes of pytest-xdist share the cores. PyTorch reads this when it starts, here and in processes of tests.
 if _WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -15,11 +16,29 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before they are imported
 
+from fedperfix_kernels import native  # noqa: E402
+
 
 @pytest.fixture
-def device() -> torch.device:
-    """Where the triton backend runs in this test session."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the test's backend runs: the native one on the CPU, others on a GPU if there is one."""
+    return torch.device("cuda" if HAS_GPU and _backend(request.node) != "native" else "cpu")
+
+
+RUNNING_SETS = [] if native.obstacle() else [x for x, state in native.instruction_sets().items() if state == "runs"]
+
+
+@pytest.fixture(params=RUNNING_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the native kernels that this processor has, one after the other."""
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(None)
+
+
+def _backend(item: pytest.Item) -> str | None:
+    """The `backend` that a test is parametrised with."""
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
 
 @pytest.fixture
@@ -43,9 +62,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if HAS_GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if _backend(item) == "native" and native.obstacle():
+            item.add_marker(pytest.mark.skip(reason=native.obstacle()))

@@ -119,11 +119,11 @@ def write_environment(
 
 
 def source_digest() -> str:
-    """A short digest of this program's Python files: runs with another one may differ by more than rounding."""
+    """A short digest of this program's sources: runs with another one may differ by more than rounding."""
     digest = hashlib.sha256()
     for package in (fedperfix, fedperfix_kernels):
         root = Path(package.__file__).parent
-        for file in sorted(root.rglob("*.py")):
+        for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
             digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -188,7 +188,7 @@ def _check(
 
 
 def _native_limit(q: Tensor, backend: str | None) -> str:
-    """Why the native kernels do not take q; empty if they do. Their float64 is slow: it runs where it is asked for."""
+    """Why the native kernels do not take q; empty if they do. They are slow in float64, for whoever asks for it."""
     if q.dtype == torch.float64 and backend != "native":
         return "the native kernels are slow in float64"
     if q.shape[-1] > MAX_HEAD_DIM:

@@ -48,10 +48,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((branches(inputs.mode), batch, heads, tokens), dtype=inputs.gate.dtype)
-    call, kept, _ = _call(inputs)
+    call, _kept, _ = _call(inputs)
     call.out, call.lse = out.data_ptr(), lse.data_ptr()
     library.call("attention_forward", call)
-    del kept
     return out, lse
 
 
@@ -73,7 +72,7 @@ def backward(
     q, gate = inputs.q, inputs.gate
     batch, tokens, heads, head_dim = q.shape
     rows, length = inputs.prefix_k.shape[:2]
-    call, kept, divided = _call(inputs)
+    call, _kept, divided = _call(inputs)
     dqkv = q.new_empty((batch, tokens, 3, heads, head_dim))
     dprefix = q.new_empty((rows, length, 2, heads, head_dim) if need_prefix else (0, 0, 2, heads, head_dim))
     per_image = gate.new_empty((batch, heads) if need_prefix else (0,))
@@ -98,7 +97,7 @@ def _of_gate(inputs: Inputs, per_image: Tensor) -> Tensor:
 
 
 def _call(inputs: Inputs) -> tuple[_Call, dict[str, Tensor], bool]:
-    """The struct without results, the tensors that must live as long as it, and whether rows have several chunks."""
+    """The struct without results, tensors that must live as long as it, and whether a row has several chunks."""
     q = inputs.q
     batch, tokens, heads, head_dim = q.shape
     row, images, chunk_start, row_chunks, divided = _division(inputs)

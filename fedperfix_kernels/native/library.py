@@ -84,7 +84,12 @@ def call(function: str, argument: ctypes.Structure) -> None:
         MemoryError: there is no memory for what the operation computes with.
     """
     if getattr(library(), f"fedperfix_{function}")(ctypes.byref(argument)) == _NO_MEMORY:
-        raise MemoryError(f"native {function}: no memory for its scratch space; use fewer threads")
+        raise MemoryError(f"native {function}: no memory for scratch space; use fewer threads")
+
+
+def path() -> Path:
+    """Where the library is, or would be."""
+    return _PATH
 
 
 def threads() -> int:
@@ -93,7 +98,7 @@ def threads() -> int:
 
 
 def runtime() -> str:
-    """File of the OpenMP runtime whose threads are used; empty if there is none and everything runs on one thread."""
+    """File of the OpenMP runtime whose threads are used; empty if there is none, and one thread computes."""
     found = _runtime()
     return "" if found is None else str(found._name)
 
@@ -104,7 +109,10 @@ _in_use = [""]
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     if not _PATH.exists():
-        return None, "the library was not built: no C compiler was found when the package was installed"
+        return None, (
+            "their library was not built: no C compiler was found at installation; "
+            "install gcc or clang and this package again"
+        )
     try:
         found = ctypes.CDLL(str(_PATH))
         _use(found, None)

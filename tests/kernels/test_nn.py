@@ -50,7 +50,7 @@ TIMM_OPTIONS = [o for o in TIMM_OPTIONS if o.keys() <= inspect.signature(Attenti
 
 
 @pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton", "native"])
 def test_starts_as_timms_attention(options: dict, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
     theirs = Attention(48, num_heads=3, **options).eval().to(device)
@@ -69,7 +69,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(2)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton", "native"])
 @pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
 @pytest.mark.parametrize("prefix", ["adapter", "tokens", "linear-random"])
 def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: str, device: torch.device) -> None:
@@ -104,7 +104,7 @@ def test_the_formula_of_every_mode_and_prefix(mode: str, prefix: str, backend: s
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton", "native"])
 @pytest.mark.parametrize("mode", ["gated", "concat"])
 def test_norms_of_q_and_k_leave_the_prefix_keys_alone(mode: str, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -353,7 +353,7 @@ def test_options_of_a_wrong_type(options: dict, text: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_additive_in_the_projection_is_additive_in_the_attention(backend: str, bias: bool, device) -> None:
     """One product over [x | h] against the formula, with every gradient."""
     layer = PrefixAttention(
@@ -381,14 +381,14 @@ def test_a_hooked_projection_is_called(device) -> None:
     assert called == [1]
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "native", "torch", "reference"])
 @pytest.mark.parametrize("prefix", ["adapter", "linear-random", "tokens"])
 @pytest.mark.parametrize("mode", ["gated", "concat", "additive"])
 def test_padding_tokens_change_nothing(mode: str, prefix: str, backend: str, device: torch.device) -> None:
     """A text of n tokens has the same output and gradient alone and with hidden tokens behind it."""
     if mode == "additive" and prefix == "tokens":
         return
-    dtype, close = (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-10)
+    dtype, close = (torch.float32, 1e-4) if backend in ("triton", "native") else (torch.float64, 1e-10)
     torch.manual_seed(0)
     options = {"bottleneck": 5, "prefix_len": 4, "gate": -0.7, "init": "default", "device": device, "dtype": dtype}
     layer = PrefixAttention(24, 3, mode=mode, prefix=prefix, backend=backend, **options)

@@ -83,7 +83,10 @@ CASES = [
 
 
 # The interpreter is slow: the kernels' own tests have the bias in every mode.
-@pytest.mark.parametrize(("backend", "mode", "prefix", "masked"), [*CASES, ("triton", "gated", "adapter", True)])
+MASKED = [("triton", "gated", "adapter", True), ("native", "gated", "adapter", True)]
+
+
+@pytest.mark.parametrize(("backend", "mode", "prefix", "masked"), [*CASES, *MASKED])
 def test_output_and_gradients_equal_the_formula_in_float64(
     backend: str, mode: str, prefix: str, masked: bool, device: torch.device
 ) -> None:

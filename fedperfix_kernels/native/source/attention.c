@@ -126,9 +126,20 @@ static long most_queries(const struct attention *call) {
     return most_keys(call) * most * 2 * (long)sizeof(real) <= BLOCK_BYTES ? most : fewer;
 }
 
-static real *take(char **memory, long count) {
-    real *taken = (real *)*memory;
-    *memory += rounded_up(count * (long)sizeof(real), 64);
+/* Memory is NULL where only sizes are asked for. Under AddressSanitizer a gap that must not be touched follows each
+   part. */
+struct memory {
+    char *start;
+    int64_t used;
+};
+
+static real *take(struct memory *memory, long count) {
+    real *taken = (real *)(memory->start ? memory->start + memory->used : 0);
+    memory->used += rounded_up(count * (long)sizeof(real), 64);
+#ifdef __SANITIZE_ADDRESS__
+    if (taken) __asan_poison_memory_region(memory->start + memory->used, 64);
+    memory->used += 64;
+#endif
     return taken;
 }
 
@@ -137,7 +148,7 @@ static real *take(char **memory, long count) {
 static long pair_pitch(const struct attention *call) { return (rounded_up(width_of(call), 32) / 32 | 1) * 16; }
 static long key_pitch(const struct attention *call) { return (rounded_up(most_keys(call), 32) / 32 | 1) * 16; }
 
-static void lay_out_pairs(const struct attention *call, int backward, char **memory, struct workspace *w) {
+static void lay_out_pairs(const struct attention *call, int backward, struct memory *memory, struct workspace *w) {
     long keys = rounded_up(most_keys(call), 32), width = width_of(call), block = most_queries(call);
     w->key_rows = (pair *)take(memory, keys * pair_pitch(call));
     w->value_rows = (pair *)take(memory, keys * pair_pitch(call));
@@ -158,8 +169,8 @@ static void lay_out_pairs(const struct attention *call, int backward, char **mem
 #endif
 
 /* Divides scratch memory; returns how many bytes that takes. */
-static int64_t lay_out(const struct attention *call, int backward, char *memory, struct workspace *w) {
-    char *start = memory;
+static int64_t lay_out(const struct attention *call, int backward, char *start, struct workspace *w) {
+    struct memory memory = {start, 0};
     long keys = rounded_up(most_keys(call), grain_of(call)), block = most_queries(call), width = width_of(call);
     long pitch = pitch_of(call), bias = call->bias ? call->tokens * block : 0;
     w->keys = take(&memory, keys * pitch);
@@ -184,7 +195,7 @@ static int64_t lay_out(const struct attention *call, int backward, char *memory,
 #ifdef PAIRS
     if (in_pairs(call)) lay_out_pairs(call, backward, &memory, w);
 #endif
-    return memory - start;
+    return memory.used;
 }
 
 static int64_t attention_forward_scratch(const void *call) {

@@ -140,6 +140,9 @@ static struct buffer *borrow(int64_t bytes) {
 }
 
 static void give_back(struct buffer *buffer) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(buffer->memory, (size_t)buffer->bytes);
+#endif
     acquire();
     buffer->next = idle;
     idle = buffer;

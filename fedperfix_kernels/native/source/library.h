@@ -4,6 +4,9 @@
 #define FEDPERFIX_LIBRARY_H
 
 #include <stdint.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 enum mode { GATED = 0, CONCAT = 1, ADDITIVE = 2 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,11 @@ from fedperfix_kernels.backends import INTERPRETING
 
 NAMES = ("out", "dqkv", "dprefix", "dgate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The kernels that also run in float64, for checks: Triton's do in its interpreter only.
+FLOAT64 = (
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETING, reason="no float64 on a GPU")),
+    "native",
+)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedperfix_kernels.attention import MODES
-from fedperfix_kernels.backends import INTERPRETING
 from tests.kernels.attention.cases import (
     DTYPES,
+    FLOAT64,
     NAMES,
     Case,
     assert_within_twice_plain_pytorch,
@@ -43,6 +43,14 @@ def test_triton_in_float32(case: Case, device: torch.device) -> None:
     assert_within_twice_plain_pytorch(case, inputs, run(inputs, case.mode, "triton"))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_native(dtype: torch.dtype, case: Case, instruction_set: str) -> None:
+    inputs = make_inputs(case, torch.device("cpu"), dtype)
+    assert_within_twice_plain_pytorch(case, inputs, run(inputs, case.mode, "native"))
+
+
 HALF_CASES = [case.with_mode(m) for case in (Case(2, 50, 2, 32), Case(1, 197, 1, 64)) for m in MODES]
 HALF_CASES += [Case(3, 33, 2, 48, 10, shared=True, mode=m) for m in ("gated", "concat")]
 HALF_CASES += [Case(1, 65, 2, 64, amplitude=5.0, mode=mode) for mode in MODES]
@@ -67,7 +75,7 @@ def test_torch_backend(case: Case, dtype: torch.dtype, device: torch.device) -> 
 
 @pytest.mark.parametrize("length", [0, 1, 10])
 @pytest.mark.parametrize("mode", ["gated", "concat"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_short_prefixes_agree_with_the_reference(length: int, mode: str, backend: str, device) -> None:
     case = Case(2, 9, 2, 16, length, mode=mode)
     inputs = make_inputs(case, device, torch.float32)
@@ -82,26 +90,26 @@ def test_reference_is_the_formula(mode: str, shared: bool) -> None:
     torch.testing.assert_close(out, explicit(inputs, mode), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", FLOAT64)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.skipif(not INTERPRETING, reason="float64 products run in the interpreter only")
 @pytest.mark.usefixtures("poisoned")
-def test_triton_in_float64_equals_the_reference(mode: str, shared: bool, device: torch.device) -> None:
+def test_float64_equals_the_reference(mode: str, shared: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(3, 37, 2, 24, shared=shared), device, torch.float64)
     expected = run(inputs, mode, "reference")
-    for name, x, y in zip(NAMES, run(inputs, mode, "triton"), expected, strict=True):
+    for name, x, y in zip(NAMES, run(inputs, mode, backend), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("backend", FLOAT64)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.skipif(not INTERPRETING, reason="float64 products run in the interpreter only")
-def test_gradcheck(mode: str, device: torch.device) -> None:
+def test_gradcheck(mode: str, backend: str, device: torch.device) -> None:
     from fedperfix_kernels import packed_prefix_attention
 
     inputs = make_inputs(Case(1, 3, 1, 2, mode=mode), device, torch.float64)
     arguments = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
 
     def function(qkv: torch.Tensor, prefix: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend="triton")
+        return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=backend)
 
     assert torch.autograd.gradcheck(function, arguments, eps=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fedperfix_kernels import prefix_attention
 from tests.kernels.attention.cases import Case, Inputs, make_inputs, run
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "native", "torch", "reference")
 
 
 def without_gate(inputs: Inputs) -> Inputs:
@@ -37,7 +37,9 @@ def test_gated_with_a_closed_gate_has_the_bits_of_no_prefix(backend: str, device
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_concat_mixes_the_two_branches_by_their_mass(backend: str, device: torch.device) -> None:
     """concat = (1−λ)·A(q,k,v) + λ·A(q,g·p_k,g·p_v), λ = sigmoid(lse_prefix − lse_base)."""
-    inputs = make_inputs(Case(2, 19, 2, 16, 7), device, torch.float64 if backend != "triton" else torch.float32)
+    inputs = make_inputs(
+        Case(2, 19, 2, 16, 7), device, torch.float64 if backend in ("torch", "reference") else torch.float32
+    )
     q, k, v = inputs.qkv.unbind(2)
     g = inputs.gate[:, None]
     p_k, p_v = (g * x for x in inputs.prefix.unbind(2))

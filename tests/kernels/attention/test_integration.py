@@ -12,7 +12,8 @@ from fedperfix_kernels import packed_prefix_attention, prefix_attention
 from fedperfix_kernels.attention import MODES
 from tests.kernels.attention.cases import NAMES, Case, make_inputs, run
 
-BACKENDS = ("triton", "torch", "reference")
+FUSED = ("triton", "native")
+BACKENDS = (*FUSED, "torch", "reference")
 
 
 def separate(inputs) -> list[Tensor]:
@@ -32,16 +33,17 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("poisoned")
-def test_any_strides_give_the_same_result(mode: str, layout: str, device: torch.device) -> None:
+def test_any_strides_give_the_same_result(mode: str, layout: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 19, 3, 16), device, torch.float32)
-    expected = run(inputs, mode, "triton", packed=False)
+    expected = run(inputs, mode, backend, packed=False)
     *tensors, gate = separate(inputs)
     leaves = [LAYOUTS[layout](x).requires_grad_() for x in tensors]
     assert all(torch.equal(leaf, x) for leaf, x in zip(leaves, tensors, strict=True))
-    out = prefix_attention(*leaves, gate, mode=mode, backend="triton")
+    out = prefix_attention(*leaves, gate, mode=mode, backend=backend)
     gradients = torch.autograd.grad(out, leaves, inputs.dout)
     assert torch.equal(out, expected[0])
     assert torch.equal(torch.stack(gradients[:3], 2), expected[1])
@@ -73,76 +75,82 @@ def test_packed_and_separate_agree(mode: str, backend: str, device: torch.device
         assert torch.equal(x, y), name
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", range(6))
-def test_only_the_gradients_that_are_needed(mode: str, wanted: int, device: torch.device) -> None:
+def test_only_the_gradients_that_are_needed(mode: str, wanted: int, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
     results = []
-    for backend in ("triton", "reference"):
+    for name in (backend, "reference"):
         arguments = separate(inputs)
         arguments[wanted].requires_grad_()
-        out = prefix_attention(*arguments, mode=mode, backend=backend)
+        out = prefix_attention(*arguments, mode=mode, backend=name)
         results.append(torch.autograd.grad(out, arguments[wanted], inputs.dout)[0])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", [0.7, 1, "scalar", "one"])
-def test_gate_as_number_and_tensor(gate, device: torch.device) -> None:
+def test_gate_as_number_and_tensor(gate, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 9, 3, 16), device, torch.float32)
     value = {"scalar": torch.tensor(0.7, device=device), "one": torch.tensor([0.7], device=device)}.get(gate, gate)
     number = gate if isinstance(gate, (int, float)) else 0.7
     arguments = separate(inputs)[:5]
     per_head = torch.full((3,), float(number), device=device)
-    for backend in BACKENDS:
-        out = prefix_attention(*arguments, value, backend=backend)
-        assert torch.equal(out, prefix_attention(*arguments, per_head, backend=backend))
+    out = prefix_attention(*arguments, value, backend=backend)
+    assert torch.equal(out, prefix_attention(*arguments, per_head, backend=backend))
 
 
-def test_a_scalar_gate_gets_the_sum_of_the_heads_gradients(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_scalar_gate_gets_the_sum_of_the_heads_gradients(backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 9, 3, 16), device, torch.float32)
     gate = torch.tensor(0.7, device=device, requires_grad=True)
     per_head = torch.full((3,), 0.7, device=device, requires_grad=True)
-    for value, backend in ((gate, "triton"), (per_head, "reference")):
-        packed_prefix_attention(inputs.qkv, inputs.prefix, value, backend=backend).backward(inputs.dout)
+    for value, name in ((gate, backend), (per_head, "reference")):
+        packed_prefix_attention(inputs.qkv, inputs.prefix, value, backend=name).backward(inputs.dout)
     torch.testing.assert_close(gate.grad, per_head.grad.sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_same_input_gives_the_same_bits(mode: str, shared: bool, device: torch.device) -> None:
+def test_the_same_input_gives_the_same_bits(mode: str, shared: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(3, 33, 2, 16, shared=shared), device, torch.float32)
-    first = run(inputs, mode, "triton")
+    first = run(inputs, mode, backend)
     for _ in range(3):
-        for name, x, y in zip(NAMES, first, run(inputs, mode, "triton"), strict=True):
+        for name, x, y in zip(NAMES, first, run(inputs, mode, backend), strict=True):
             assert torch.equal(x, y), name
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared", [False, True])
-def test_opcheck(mode: str, shared: bool, device: torch.device) -> None:
+def test_opcheck(mode: str, shared: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 9, 2, 16, shared=shared), device, torch.float32)
     *tensors, gate = (x.requires_grad_() for x in separate(inputs))
     ops = torch.ops.fedperfix
-    torch.library.opcheck(ops.prefix_attention, (*tensors, gate, None, None, None, mode, 0.25))
-    packed = (inputs.qkv.requires_grad_(), inputs.prefix.requires_grad_(), gate, None, None, None, mode, 0.25)
+    options = (gate, None, None, None, mode, 0.25, backend)
+    torch.library.opcheck(ops.prefix_attention, (*tensors, *options))
+    packed = (inputs.qkv.requires_grad_(), inputs.prefix.requires_grad_(), *options)
     torch.library.opcheck(ops.packed_prefix_attention, packed)
     with torch.no_grad():
         out, lse = ops.packed_prefix_attention(*packed)
         frozen = [x.detach() for x in (*inputs.qkv.unbind(2), *inputs.prefix.unbind(2), gate)]
         for need_prefix in (True, False):
-            arguments = (inputs.dout, out, lse, *frozen, None, None, None, mode, 0.25, need_prefix, False)
+            arguments = (inputs.dout, out, lse, *frozen, *options[1:], need_prefix, False)
             tests = ("test_schema", "test_faketensor")
             torch.library.opcheck(ops.prefix_attention_backward, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
-def test_opcheck_with_everything(mode: str, device: torch.device) -> None:
+def test_opcheck_with_everything(mode: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(4, 9, 2, 16), device, torch.float32)
     index = torch.tensor([1, 0, 1, 1], device=device)
     gate = torch.rand(2, 2, device=device)
     key_mask = torch.rand(4, 9, device=device) > 0.3
     bias = torch.randn(2, 2, 9, 9, device=device)
-    options = (gate, bias, key_mask, index, mode, 0.25)
+    options = (gate, bias, key_mask, index, mode, 0.25, backend)
     qkv, prefix = inputs.qkv, inputs.prefix[:2]
     ops, tests = torch.ops.fedperfix, ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.packed_prefix_attention, (qkv, prefix, *options), test_utils=tests)
@@ -169,13 +177,14 @@ def test_torch_compile_without_graph_breaks(mode: str, backend: str, device: tor
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_functional_gradients_are_right_or_refused(compiled: bool, device: torch.device) -> None:
+def test_functional_gradients_are_right_or_refused(compiled: bool, backend: str, device: torch.device) -> None:
     """torch.func.grad, which once gave zeros under torch.compile where the gradient was registered elsewhere."""
     inputs = make_inputs(Case(1, 9, 1, 16), device, torch.float32)
 
     def loss(qkv: Tensor) -> Tensor:
-        return (packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend="triton") * inputs.dout).sum()
+        return (packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend=backend) * inputs.dout).sum()
 
     gradient = torch.func.grad(loss)
     if compiled:
@@ -220,7 +229,7 @@ def test_vmap_of_grad_equals_a_loop(case: str, mode: str, backend: str, device: 
             torch.testing.assert_close(found[copy], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
 def test_vmap_with_bias_key_mask_and_table(backend: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 4, 9, 3, 2, 16, generator=generator).to(device)
@@ -246,7 +255,7 @@ def test_second_derivatives(backend: str, device: torch.device) -> None:
     qkv = inputs.qkv.requires_grad_()
     out = packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend=backend)
     (gradient,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    if backend == "triton":
+    if backend in FUSED:
         with pytest.raises((NotImplementedError, RuntimeError), match="derivative|not have been used"):
             torch.autograd.grad(gradient.square().sum(), qkv)
         return
@@ -276,17 +285,18 @@ def test_autocast_casts_like_scaled_dot_product_attention(mode: str, backend: st
     assert torch.equal(out, by_hand)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool, device: torch.device) -> None:
+def test_activation_checkpointing(reentrant: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
     leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
 
     def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
-        return packed_prefix_attention(qkv, prefix, gate, backend="triton")
+        return packed_prefix_attention(qkv, prefix, gate, backend=backend)
 
     out = checkpoint(function, *leaves, use_reentrant=reentrant)
     out.backward(inputs.dout)
-    for leaf, expected in zip(leaves, run(inputs, "gated", "triton")[1:], strict=True):
+    for leaf, expected in zip(leaves, run(inputs, "gated", backend)[1:], strict=True):
         assert torch.equal(leaf.grad, expected)
 
 
@@ -308,7 +318,8 @@ def test_nan_and_infinity_are_not_hidden(backend: str, device: torch.device) -> 
     assert out[1, :, 0].isfinite().all()
 
 
-def test_nothing_large_is_saved_for_backward(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_nothing_large_is_saved_for_backward(backend: str, device: torch.device) -> None:
     """The packed inputs, out and two rows of log-sum-exps: no [N, N] tensor, no copy of q, k or v."""
     inputs = make_inputs(Case(1, 129, 1, 16), device, torch.float32)
     saved: dict[int, int] = {}
@@ -319,6 +330,6 @@ def test_nothing_large_is_saved_for_backward(device: torch.device) -> None:
 
     leaves = [x.requires_grad_() for x in (inputs.qkv, inputs.prefix, inputs.gate)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = packed_prefix_attention(*leaves, backend="triton")
+        out = packed_prefix_attention(*leaves, backend=backend)
     expected = sum(x.nbytes for x in leaves) + out.nbytes + 2 * 129 * 4
     assert sum(saved.values()) == expected

@@ -11,8 +11,9 @@ from torch import Tensor
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
 from fedperfix_kernels.attention import MODES
 from fedperfix_kernels.backends import INTERPRETING
+from tests.kernels.attention.cases import FLOAT64
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "native", "torch")
 BATCH, HEADS, HEAD_DIM, CLIENTS = 4, 2, 16, 3
 OPTIONS = {
     "bias": ("bias",),
@@ -153,25 +154,26 @@ def test_a_frozen_backbone_trains_the_named_rows_only(backend: str, device: torc
     assert gradient[2].abs().max() > 0
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_same_input_gives_the_same_bits(mode: str, device: torch.device) -> None:
+def test_the_same_input_gives_the_same_bits(mode: str, backend: str, device: torch.device) -> None:
     inputs = {
         n: x.float() if x.is_floating_point() else x for n, x in make(OPTIONS["everything"], 17, 17, device).items()
     }
-    first, second = results(inputs, mode, "triton"), results(inputs, mode, "triton")
+    first, second = results(inputs, mode, backend), results(inputs, mode, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("backend", FLOAT64)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.skipif(not INTERPRETING, reason="float64 products run in the interpreter only")
-def test_gradcheck(mode: str, device: torch.device) -> None:
+def test_gradcheck(mode: str, backend: str, device: torch.device) -> None:
     inputs = make(OPTIONS["everything"], 3, 3, device)
     fixed = {name: inputs.pop(name) for name in ("key_mask", "prefix_index")}
     names, values = list(inputs), [x.requires_grad_() for x in inputs.values()]
 
     def function(*tensors: Tensor) -> Tensor:
         return packed_prefix_attention(
-            **dict(zip(names, tensors, strict=True)), **fixed, mode=mode, backend="triton"
+            **dict(zip(names, tensors, strict=True)), **fixed, mode=mode, backend=backend
         )
 
     assert torch.autograd.gradcheck(function, values, eps=1e-5, atol=1e-5, fast_mode=True)

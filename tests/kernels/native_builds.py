@@ -1,0 +1,33 @@
+"""Other builds of the native library: with sanitizers, or with instructions emulated that this processor lacks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(folder: Path, flags: str = "", sets: str = "portable avx2") -> Path:
+    """The library, compiled into `folder` with more flags and for these instruction sets."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("needs a C compiler")
+    variables = os.environ | {"FEDPERFIX_CFLAGS": flags, "FEDPERFIX_SETS": sets}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True)
+    return folder / "fedperfix_kernels/native/_library.so"
+
+
+def run(script: str, library: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with that library in place of the installed one."""
+    start = "from pathlib import Path\nfrom fedperfix_kernels.native import library\n"
+    start += f"library._PATH = Path({str(library)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-c", start + script],
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
