@@ -111,17 +111,24 @@ def capture(
     """A CUDA graph of `calls` calls of `variant` over rotated inputs, replayed once.
 
     The calls before it run on the stream that is captured: autograd keeps to the stream of a forward pass.
+
+    Raises:
+        what a call raised while it was captured; the stream that was current is so again.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for repetition in range(max(3, input_sets)):
             variant(repetition % input_sets)
-    torch.cuda.current_stream(device).wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for repetition in range(calls):
-            variant(repetition % input_sets)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for repetition in range(calls):
+                variant(repetition % input_sets)
+    except Exception as error:  # ending a broken capture fails in turn, hides why, and leaves its stream current
+        torch.cuda.set_stream(before)
+        raise error.__context__ or error from None
     graph.replay()
     torch.cuda.synchronize(device)
     return graph

@@ -104,7 +104,9 @@ class Tuner:
         exact = _results(inputs, "reference")
         bucket = configs._bucket(max(size.tokens, size.prefix_len))
         for kernel in (FORWARD, BACKWARD_KEYS, BACKWARD_QUERIES, BACKWARD_WHOLE):
-            if kernel == BACKWARD_WHOLE and bucket not in map(str, BUCKETS[:3]):
+            # Wide heads in one kernel fault on sm_90 under Triton 3.6 (attention/NOTES.md); that ends all work.
+            faults = self.section == "sm_90" and size.head_dim > 32
+            if kernel == BACKWARD_WHOLE and (faults or bucket not in map(str, BUCKETS[:3])):
                 continue
             self._choose(kernel, size, bucket, inputs, exact, limit)
 

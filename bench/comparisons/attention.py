@@ -136,7 +136,7 @@ def _product(shape: Shape, mode: str) -> int:
 
 def _call(function: Function, kind: str, inputs: list[tuple[Tensor, ...]]) -> Callable[[int], Results]:
     """The variant that runs `function` on the input set of an index, as `kind` says."""
-    graphs: dict[tuple[int, int], Tensor] = {}
+    graphs: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = {}
 
     def forward(index: int) -> Results:
         with torch.no_grad():
@@ -149,11 +149,14 @@ def _call(function: Function, kind: str, inputs: list[tuple[Tensor, ...]]) -> Ca
 
     def backward(index: int) -> Results:
         *leaves, dout = inputs[index]
-        # Autograd runs a backward pass on its forward's stream, so that a capture needs a forward on its own.
+        # Autograd runs a backward pass on its forward's stream and hands gradients over on the stream where a graph
+        # that is still held first used the leaves, so that a capture needs a forward and leaves of its own.
         key = index, _stream(dout)
         if key not in graphs:
-            graphs[key] = function(*leaves)
-        return torch.autograd.grad(graphs[key], leaves, dout.detach(), retain_graph=True)
+            own = [x.detach().requires_grad_() for x in leaves]
+            graphs[key] = own, function(*own)
+        own, out = graphs[key]
+        return torch.autograd.grad(out, own, dout.detach(), retain_graph=True)
 
     return {"forward": forward, "backward": backward, "forward + backward": both}[kind]
 

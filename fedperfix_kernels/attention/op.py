@@ -11,6 +11,7 @@ works under `torch.func` as well and costs less per call. The same formulas are 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -152,8 +153,20 @@ def _packed_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
 def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError(
         "prefix attention's fused backward has no derivative of its own; for second derivatives use "
-        "backend='torch' or 'reference'"
+        "backend='reference'"
     )
+
+
+def _without_grad() -> AbstractContextManager[None]:
+    """`torch.no_grad()` in a forward pass, since torch.func leaves gradients on there.
+
+    Not while Dynamo traces: it runs a forward pass in place of the function where it sees no gradient wanted, also
+    within `torch.func.grad`, which must then find the operator's own formula.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
+
+
+# The forward passes name their parameters: to one with *inputs, Dynamo would pass a context as well.
 
 
 class PrefixAttentionFunction(torch.autograd.Function):
@@ -162,9 +175,11 @@ class PrefixAttentionFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():  # torch.func leaves gradients on in here
-            return torch.ops.fedperfix.prefix_attention(*inputs)
+    def forward(q, k, v, prefix_k, prefix_v, gate, bias, key_mask, prefix_index, mode, scale, implementation):
+        with _without_grad():
+            return torch.ops.fedperfix.prefix_attention(
+                q, k, v, prefix_k, prefix_v, gate, bias, key_mask, prefix_index, mode, scale, implementation
+            )
 
     setup_context = staticmethod(_save)
     backward = staticmethod(once_differentiable(_gradients))
@@ -176,9 +191,11 @@ class PackedPrefixAttentionFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return torch.ops.fedperfix.packed_prefix_attention(*inputs)
+    def forward(qkv, prefix, gate, bias, key_mask, prefix_index, mode, scale, implementation):
+        with _without_grad():
+            return torch.ops.fedperfix.packed_prefix_attention(
+                qkv, prefix, gate, bias, key_mask, prefix_index, mode, scale, implementation
+            )
 
     setup_context = staticmethod(_save)
     backward = staticmethod(once_differentiable(_packed_gradients))

@@ -45,6 +45,7 @@ _FULL = {"BIAS": True, "MASK": True, "INDEXED": True}
 # Sizes that reach every way of walking rows: a loop, with a tail of 16 where the configuration has tails (197 and
 # 257 tokens end so as well), and one single block.
 _MANY, _FEW = 577, 10
+_ANY = 1 << 20  # more tokens than any bucket holds
 
 
 def variants(arch: str = "base") -> Iterator[Variant]:
@@ -63,6 +64,17 @@ def variants(arch: str = "base") -> Iterator[Variant]:
             for branch in ("base", "gated", "concat", "additive"):
                 yield make.keys(branch, _PLAIN)
             yield from make.whole()
+            for size in make.own_buckets(FORWARD):
+                for mode in MODES:
+                    yield make.queries_side(FORWARD, attention_forward, mode, _PLAIN, longest=size)
+            for size in make.own_buckets(BACKWARD_QUERIES):
+                for mode in MODES:
+                    yield make.queries_side(
+                        BACKWARD_QUERIES, attention_backward_queries, mode, _PLAIN, longest=size
+                    )
+            for size in make.own_buckets(BACKWARD_KEYS):
+                for branch in ("base", "gated", "concat", "additive"):
+                    yield make.keys(branch, _PLAIN, size)
         for head_dim in (32, 64, 128):  # bias, key mask and table together, at Swin's head width and wider ones
             make = _Maker(element, kind, head_dim, arch)
             yield make.queries_side(FORWARD, attention_forward, "gated", _FULL)
@@ -81,26 +93,40 @@ class _Maker:
         self.head_dim = head_dim
         self.arch = arch
 
-    def config(self, kernel: str, longest: int = 1 << 20) -> LaunchConfig | None:
+    def config(self, kernel: str, longest: int = _ANY) -> LaunchConfig | None:
         return launch_config(kernel, self.kind, self.head_dim, longest, self.arch)
 
+    def own_buckets(self, kernel: str) -> list[int]:
+        """The largest bucket of each configuration other than that of any number of tokens."""
+        largest = {self.config(kernel, size): size for size in BUCKETS}
+        largest.pop(self.config(kernel), None)
+        return list(largest.values())
+
     def queries_side(
-        self, kernel: str, function: object, mode: str, flags: dict[str, bool], prefix_len: int = _MANY
+        self,
+        kernel: str,
+        function: object,
+        mode: str,
+        flags: dict[str, bool],
+        prefix_len: int = _MANY,
+        longest: int = _ANY,
     ) -> Variant:
-        config = self.config(kernel + _suffix(flags))
+        config = self.config(kernel + _suffix(flags), longest)
         loop, tail = row_blocks(_MANY, config.block_n, config.tails)
         prefix_loop, prefix_tail = row_blocks(prefix_len, config.block_n, config.tails)
         walks = {"LOOP": loop, "TAIL": tail, "PREFIX_LOOP": prefix_loop, "PREFIX_TAIL": prefix_tail}
-        case = f"{mode}{_features(flags)}{f', {prefix_len} prefix keys' if prefix_len == _FEW else ''}"
+        few = f", {prefix_len} prefix keys" if prefix_len == _FEW else ""
+        case = f"{mode}{_features(flags)}{few}{_bucket(longest)}"
         return self._variant(
             kernel, function, case, flags | walks | {"MODE": mode, "BLOCK_N": config.block_n}, config
         )
 
-    def keys(self, branch: str, flags: dict[str, bool]) -> Variant:
-        config = self.config(BACKWARD_KEYS + _suffix(flags))
+    def keys(self, branch: str, flags: dict[str, bool], longest: int = _ANY) -> Variant:
+        config = self.config(BACKWARD_KEYS + _suffix(flags), longest)
         loop, tail = row_blocks(_MANY, config.block_m, config.tails)
         constants = flags | {"BRANCH": branch, "LOOP": loop, "TAIL": tail, "BLOCK_N": config.block_n}
-        case = (branch if branch in ("base", "additive") else f"{branch} prefix") + _features(flags)
+        case = branch if branch in ("base", "additive") else f"{branch} prefix"
+        case += _features(flags) + _bucket(longest)
         return self._variant(BACKWARD_KEYS, attention_backward_keys, case, constants, config)
 
     def bias(self) -> Variant:
@@ -144,6 +170,10 @@ class _Maker:
 
 def _suffix(flags: dict[str, bool]) -> str:
     return WITH_OPTIONS if flags["BIAS"] or flags["MASK"] else ""
+
+
+def _bucket(longest: int) -> str:
+    return "" if longest == _ANY else f", up to {longest} tokens"
 
 
 def _features(flags: dict[str, bool]) -> str:

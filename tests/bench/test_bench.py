@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from bench import record, report
 from bench.comparison import Comparison, Plan, Unavailable
 from bench.comparisons import all_plans, attention, step
-from bench.timing import Spread, peak_memory, wall_times
+from bench.timing import Spread, capture, peak_memory, wall_times
 
 CPU = torch.device("cpu")
 X = torch.arange(1.0, 1001.0)
@@ -169,6 +171,59 @@ def test_backward_alone_runs_no_forward_after_the_first() -> None:
         for found, expected in zip(backward(index), both(index)[1:], strict=True):
             torch.testing.assert_close(found, expected)
     assert len(calls) == 2
+
+
+def test_a_backward_pass_on_another_stream_has_leaves_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves that a held graph used on the default stream cannot be captured on another one."""
+    inputs = [attention._inputs(attention.Shape(2, 3, 5, 16), torch.float32, CPU, 0, True)]
+    used: list[torch.Tensor] = []
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        used.extend(leaves)
+        return attention._backend("gated", "torch")(*leaves)
+
+    backward = attention._call(function, "backward", inputs)
+    found = []
+    for stream in (0, 7):
+        monkeypatch.setattr(attention, "_stream", lambda _, stream=stream: stream)
+        found.append(backward(0))
+    assert len({id(x) for x in used} | {id(x) for x in inputs[0][:3]}) == 9
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_capture_that_breaks_says_why_and_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["default"]
+
+    class Stream(str):
+        def wait_stream(self, _: object) -> None:
+            pass
+
+    @contextmanager
+    def graph(_: object, stream: str) -> Iterator[None]:
+        current[0] = stream
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stubs = {
+        "Stream": lambda _: Stream("side"),
+        "current_stream": lambda _: Stream(current[0]),
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": object,
+        "graph": graph,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+
+    def variant(_: int) -> None:
+        if current[0] == "side":
+            raise ValueError("this cannot be captured")
+
+    with pytest.raises(ValueError, match="this cannot be captured"):
+        capture(variant, 1, 8, CPU)
+    assert current == ["default"]
 
 
 def test_limits_of_the_kinds_add_up() -> None:

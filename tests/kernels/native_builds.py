@@ -13,12 +13,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def build(folder: Path, flags: str = "", sets: str = "portable avx2") -> Path:
+def build(folder: Path, flags: str = "", sets: str = "avx2") -> Path:
     """The library, compiled into `folder` with more flags and for these instruction sets."""
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("needs a C compiler")
     variables = os.environ | {"FEDPERFIX_CFLAGS": flags, "FEDPERFIX_SETS": sets}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder),
+    ]
     subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True)
     return folder / "fedperfix_kernels/native/_library.so"
 

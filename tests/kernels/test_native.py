@@ -83,7 +83,9 @@ def test_any_scale(scale: float, instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_bias_that_hides_every_key_gives_zeros_with_and_without_gradients(mode: str, instruction_set: str) -> None:
+def test_a_bias_that_hides_every_key_gives_zeros_with_and_without_gradients(
+    mode: str, instruction_set: str
+) -> None:
     inputs = make_inputs(Case(2, 9, 2, 16), CPU, torch.float32)
     bias = torch.zeros(2, 9, 9)
     bias[:, 4] = -torch.inf
@@ -157,7 +159,9 @@ def test_baseline_vectors_are_not_chosen_where_pytorch_is_faster(monkeypatch: py
     native.use_instruction_set("portable")
     try:
         monkeypatch.setattr(native, "PORTABLE_IS_FAST", False)
-        assert explain("auto", CPU).startswith("torch (PyTorch's own operations, composed: the processor has no AVX2")
+        assert explain("auto", CPU).startswith(
+            "torch (PyTorch's own operations, composed: the processor has no AVX2"
+        )
         monkeypatch.setattr(native, "PORTABLE_IS_FAST", True)
         assert explain("auto", CPU) == "native (C kernels, instruction set portable)"
     finally:
@@ -218,19 +222,25 @@ print("right")
 """
 
 
-@pytest.mark.slow
+def _file_of_gcc(name: str) -> str:
+    found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+    if not os.path.isabs(found.stdout.strip()):
+        pytest.skip(f"needs gcc's {name}")
+    return found.stdout.strip()
+
+
+@pytest.mark.long
 def test_no_access_outside_of_memory_and_no_undefined_behaviour(tmp_path: Path) -> None:
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
     built = native_builds.build(tmp_path, flags)
-    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    if not os.path.isabs(found.stdout.strip()):
-        pytest.skip("needs gcc's AddressSanitizer")
+    # The sanitizer must come first, and it looks for the C++ library's functions when it starts.
+    preloaded = [_file_of_gcc("libasan.so"), _file_of_gcc("libstdc++.so.6")]
     script = CHECKED.format(dtypes="(torch.float32, torch.bfloat16, torch.float16, torch.float64)")
-    result = native_builds.run(script, built, LD_PRELOAD=found.stdout.strip(), ASAN_OPTIONS="detect_leaks=0")
+    result = native_builds.run(script, built, LD_PRELOAD=" ".join(preloaded), ASAN_OPTIONS="detect_leaks=0")
     assert result.stdout.endswith("right\n"), result.stdout + result.stderr[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("flags", ["-DEMULATE_PAIRS", "-DEMULATE_PAIRS -DEMULATE_TILES"])
 def test_products_of_pairs_and_tiles_emulated(flags: str, tmp_path: Path) -> None:
     """What AVX-512 BF16 and AMX run, with plain vectors and loops in place of their instructions."""
@@ -239,6 +249,7 @@ def test_products_of_pairs_and_tiles_emulated(flags: str, tmp_path: Path) -> Non
     assert result.stdout.endswith("right\n"), result.stdout + result.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_instruction_sets_can_be_left_out_of_a_build(tmp_path: Path) -> None:
     built = native_builds.build(tmp_path, sets="portable")
     result = native_builds.run("print(library.instruction_sets())", built)

@@ -57,6 +57,14 @@ def test_one_kernel_or_several_is_decided_by_the_clock(whole: float, kept: list[
     assert found.content["test"][HALF][BACKWARD_WHOLE]["16"]["64"] == kept
 
 
+def test_a_form_that_faults_is_not_tried(monkeypatch, device) -> None:
+    options = {BACKWARD_WHOLE: [LaunchConfig(16, 0, 4, 1)]}
+    found = tuner(monkeypatch, device, lambda f: 1.0, options)
+    found.section = "sm_90"
+    found.tune(tune.Size(batch=1, heads=1, tokens=20, head_dim=64))
+    assert found.content["sm_90"][HALF][BACKWARD_WHOLE]["64"]["64"] == []
+
+
 def test_a_candidate_that_computes_something_else_is_refused(monkeypatch, device) -> None:
     options = {FORWARD: [LaunchConfig(16, 16, 4, 1)]}
     found = tuner(monkeypatch, device, lambda f: 0.1 if f[FORWARD].block_m == 16 else 1.0, options)

@@ -4,8 +4,8 @@ Block values are `b_*`, offsets `o_*`, masks `m_*`. All matrices have an innermo
 log-sum-exps are in base 2, because exp2 is the hardware's own exponential: s₂ = s · log2(e).
 
 Rows are walked in one of three ways (`row_blocks` in `configs.py` chooses): LOOP = 2 loops over blocks that are all
-checked against the end; LOOP = 1 loops over full blocks unchecked, and one block of TAIL rows follows, the smallest
-power of two that holds the rest (197 keys are 3 · 64 + 16 instead of 4 · 64); LOOP = 0 has only that last block.
+checked against the end; LOOP = 1 loops over full blocks unchecked, and one block of TAIL rows holds the rest, the
+smallest power of two that can (197 keys are 3 · 64 + 16 instead of 4 · 64); LOOP = 0 has only that last block.
 """
 
 from __future__ import annotations

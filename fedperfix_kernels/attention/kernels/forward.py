@@ -64,6 +64,14 @@ def _attend(
     b_sum = tl.zeros([BLOCK_M], dtype=ACC)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     full = loop_end(length, BLOCK_N, LOOP)
+    # The smaller block comes first: behind a pipelined loop it makes ptxas serialise the loop's wgmmas (C7515).
+    if TAIL > 0:
+        b_acc, b_sum, b_max = _attend_block(
+            b_q, b_acc, b_sum, b_max, full, o_m,
+            k_ptr, k_stride_n, v_ptr, v_stride_n, add_k_ptr, add_k_stride_n, add_v_ptr, add_v_stride_n,
+            bias_ptr, key_mask_ptr, gate, tokens, length, factor,
+            ADD, BIAS, MASK, True, D, TAIL, BLOCK_D, PRECISION, ACC,
+        )  # fmt: skip
     if LOOP > 0:
         for start in range(0, full, BLOCK_N):
             b_acc, b_sum, b_max = _attend_block(
@@ -72,13 +80,6 @@ def _attend(
                 bias_ptr, key_mask_ptr, gate, tokens, length, factor,
                 ADD, BIAS, MASK, LOOP == 2, D, BLOCK_N, BLOCK_D, PRECISION, ACC,
             )  # fmt: skip
-    if TAIL > 0:
-        b_acc, b_sum, b_max = _attend_block(
-            b_q, b_acc, b_sum, b_max, full, o_m,
-            k_ptr, k_stride_n, v_ptr, v_stride_n, add_k_ptr, add_k_stride_n, add_v_ptr, add_v_stride_n,
-            bias_ptr, key_mask_ptr, gate, tokens, length, factor,
-            ADD, BIAS, MASK, True, D, TAIL, BLOCK_D, PRECISION, ACC,
-        )  # fmt: skip
     return b_acc, b_sum, b_max
 
 

@@ -70,6 +70,11 @@ def test_the_smallest_fitting_bucket_of_the_own_architecture_wins(table) -> None
     assert launch_config("forward", HALF, 64, 50, "sm_80") is None
 
 
+def test_a_form_that_faults_is_not_in_the_table() -> None:
+    """Wide heads in one kernel on sm_90: Triton 3.6's assembler breaks them."""
+    assert all(launch_config(BACKWARD_WHOLE, HALF, 64, tokens, "sm_90") is None for tokens in (10, 50, 64, 65, 128))
+
+
 def test_how_rows_are_walked() -> None:
     walks = {
         (197, True): (1, 16),

@@ -63,8 +63,19 @@ def test_more_than_65535_heads(mode: str, device: torch.device) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_real_sizes(mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    sizes = ((8, 50, 3, 32), (8, 65, 3, 64), (8, 128, 3, 64), (8, 197, 6, 64), (4, 257, 4, 80), (4, 577, 2, 128))
-    for case in (Case(*size, mode=mode) for size in sizes):
+    sizes = (
+        (8, 50, 3, 32),
+        (8, 50, 3, 64),
+        (8, 65, 3, 64),
+        (8, 128, 3, 64),
+        (8, 197, 6, 64),
+        (4, 257, 4, 80),
+        (4, 577, 2, 128),
+    )
+    cases = [Case(*size, mode=mode) for size in sizes]
+    if mode != "additive":
+        cases += [Case(*size, 10, shared=True, mode=mode) for size in sizes]
+    for case in cases:
         inputs = make_inputs(case, device, dtype)
         assert_within_twice_plain_pytorch(case, inputs, run(inputs, mode, "triton"))
 

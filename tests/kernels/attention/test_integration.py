@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
@@ -178,6 +179,18 @@ def test_torch_compile_without_graph_breaks(mode: str, backend: str, device: tor
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("packed", [True, False])
+def test_torch_compile_of_a_pass_without_gradients(packed: bool, backend: str, device: torch.device) -> None:
+    """Dynamo traces the function's `forward` itself where nothing wants a gradient, as in evaluation."""
+    inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
+    arguments = (inputs.qkv, inputs.prefix, inputs.gate) if packed else separate(inputs)
+    attend = packed_prefix_attention if packed else prefix_attention
+    torch._dynamo.reset()
+    function = torch.compile(lambda *x: attend(*x, backend=backend), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(function(*arguments), attend(*arguments, backend=backend))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_functional_gradients_are_right_or_refused(compiled: bool, backend: str, device: torch.device) -> None:
     """torch.func.grad, which once gave zeros under torch.compile where the gradient was registered elsewhere."""
@@ -253,7 +266,8 @@ def test_vmap_with_bias_key_mask_and_table(backend: str, device: torch.device) -
 def test_second_derivatives(backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(1, 5, 1, 16), device, torch.float32)
     qkv = inputs.qkv.requires_grad_()
-    out = packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend=backend)
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no second derivative on a GPU
+        out = packed_prefix_attention(qkv, inputs.prefix, inputs.gate, backend=backend)
     (gradient,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
     if backend in FUSED:
         with pytest.raises((NotImplementedError, RuntimeError), match="derivative|not have been used"):

@@ -49,6 +49,13 @@ def make(options: tuple[str, ...], tokens: int, prefix_len: int, device: torch.d
     return inputs
 
 
+def taken(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The inputs, in float32 where the backend takes no float64: the kernels on a GPU."""
+    if backend != "triton" or INTERPRETING:
+        return inputs
+    return {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 def results(inputs: dict[str, Tensor], mode: str, backend: str) -> dict[str, Tensor]:
     """out and the gradient of every floating input."""
     given = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
@@ -92,17 +99,17 @@ def test_half_precision_stays_close(mode: str, backend: str, device: torch.devic
 @pytest.mark.parametrize("mode", MODES)
 def test_masked_tokens_might_as_well_not_be_there(mode: str, backend: str, device: torch.device) -> None:
     """Padding behind the key mask changes nothing, whatever it holds."""
-    inputs = make((), 12, 12, device)
+    inputs = taken(make((), 12, 12, device), backend)
     short = {n: x[:, :9] if n != "gate" and (n == "qkv" or mode == "additive") else x for n, x in inputs.items()}
     key_mask = (torch.arange(12, device=device) < 9).expand(BATCH, 12)
     padded = packed_prefix_attention(**inputs, key_mask=key_mask, mode=mode, backend=backend)
     alone = packed_prefix_attention(**short, mode=mode, backend=backend)
-    torch.testing.assert_close(padded[:, :9], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(padded[:, :9], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_an_image_without_keys_has_a_base_branch_of_zeros(backend: str, device: torch.device) -> None:
-    inputs = make(("key_mask",), 9, 9, device)
+    inputs = taken(make(("key_mask",), 9, 9, device), backend)
     out = packed_prefix_attention(**inputs | {"gate": torch.zeros(HEADS, device=device)}, backend=backend)
     assert out[1].abs().max() == 0
     assert out[0].abs().min() > 0
@@ -114,11 +121,11 @@ def test_an_image_without_keys_has_a_base_branch_of_zeros(backend: str, device: 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_constant_bias_changes_nothing_where_there_is_one_softmax_per_branch(mode, backend, device) -> None:
-    inputs = make((), 9, 9, device)
-    constant = torch.full((HEADS, 9, 9), 3.0, dtype=torch.float64, device=device)
+    inputs = taken(make((), 9, 9, device), backend)
+    constant = torch.full((HEADS, 9, 9), 3.0, dtype=inputs["qkv"].dtype, device=device)
     plain = packed_prefix_attention(**inputs, mode=mode, backend=backend)
     shifted = packed_prefix_attention(**inputs, bias=constant, mode=mode, backend=backend)
-    assert torch.allclose(plain, shifted, atol=1e-6) == (mode != "concat")
+    assert torch.allclose(plain, shifted, atol=1e-5) == (mode != "concat")
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -143,7 +150,7 @@ def test_a_table_equals_each_image_with_its_own_prefix(mode: str, backend: str, 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_a_frozen_backbone_trains_the_named_rows_only(backend: str, device: torch.device) -> None:
-    inputs = make(("prefix_index",), 9, 4, device)
+    inputs = taken(make(("prefix_index",), 9, 4, device), backend)
     table = inputs["prefix"].requires_grad_()
     out = packed_prefix_attention(
         inputs["qkv"], table, inputs["gate"], prefix_index=inputs["prefix_index"], backend=backend
