@@ -14,7 +14,7 @@ from fedperfix_kernels.native import library
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """Lines (name, text) about versions, the GPU, Triton, the native kernels, and the implementation of each call."""
+    """Lines (name, text): versions, GPU, Triton, native kernels, and which implementation a call runs."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", torch.__version__
     yield "triton", _version("triton")

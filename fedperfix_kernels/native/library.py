@@ -12,6 +12,7 @@ import functools
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,16 +25,51 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PORTABLE_IS_FAST = platform.machine().lower() in ("aarch64", "arm64")
 VARIABLE = "FEDPERFIX_INSTRUCTION_SET"
 
-_PATH = Path(__file__).with_name("_library.so")
+PATH = Path(__file__).with_name("_library.so")
 _DONE, _NO_MEMORY = 0, 1
 _NOT_BUILT, _NOT_HERE, _RUNS = range(3)
 # The runtimes that PyTorch is built with, and the names of their files.
 _RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib", "libiomp5.dylib")
 
 
+@dataclass
+class _State:
+    """What is loaded, and why nothing is: plain values, which torch.compile can guard on."""
+
+    library: ctypes.CDLL | None = None
+    path: Path = PATH
+    obstacle: str = ""
+    instruction_set: str = ""
+
+
+_state = _State()
+
+
+def load(path: Path = PATH) -> None:
+    """Load the library, from another file than the installed one if `path` says so; `obstacle` tells why not."""
+    _state.library, _state.path, _state.obstacle = None, path, ""
+    if not path.exists():
+        _state.obstacle = (
+            "their library was not built: no C compiler was found at installation; "
+            "install gcc or clang and this package again"
+        )
+        return
+    try:
+        found = ctypes.CDLL(str(path))
+        _use(found, None)
+    except (OSError, ValueError) as error:
+        _state.obstacle = str(error)
+        return
+    _use_threads(found)
+    if hasattr(os, "register_at_fork"):
+        # A forked process has none of the pool's threads and would wait for them for ever.
+        os.register_at_fork(after_in_child=lambda: found.fedperfix_use_threads(None, None))
+    _state.library = found
+
+
 def obstacle() -> str:
     """Why the native kernels cannot run in this process; empty if they can."""
-    return _loaded()[1]
+    return _state.obstacle
 
 
 def library() -> ctypes.CDLL:
@@ -42,10 +78,9 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: it cannot run here; the message says why.
     """
-    found, why = _loaded()
-    if found is None:
-        raise RuntimeError(f"native kernels: {why}")
-    return found
+    if _state.library is None:
+        raise RuntimeError(f"native kernels: {_state.obstacle}")
+    return _state.library
 
 
 def instruction_sets() -> dict[str, str]:
@@ -55,9 +90,8 @@ def instruction_sets() -> dict[str, str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use."""
-    library()
-    return _in_use[0]
+    """The instruction set in use; empty if the library is not loaded."""
+    return _state.instruction_set
 
 
 def use_instruction_set(name: str | None) -> None:
@@ -89,7 +123,7 @@ def call(function: str, argument: ctypes.Structure) -> None:
 
 def path() -> Path:
     """Where the library is, or would be."""
-    return _PATH
+    return _state.path
 
 
 def threads() -> int:
@@ -103,28 +137,6 @@ def runtime() -> str:
     return "" if found is None else str(found._name)
 
 
-_in_use = [""]
-
-
-@functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    if not _PATH.exists():
-        return None, (
-            "their library was not built: no C compiler was found at installation; "
-            "install gcc or clang and this package again"
-        )
-    try:
-        found = ctypes.CDLL(str(_PATH))
-        _use(found, None)
-    except (OSError, ValueError) as error:
-        return None, str(error)
-    _use_threads(found)
-    if hasattr(os, "register_at_fork"):
-        # A forked process has none of the pool's threads and would wait for them for ever.
-        os.register_at_fork(after_in_child=lambda: found.fedperfix_use_threads(None, None))
-    return found, ""
-
-
 def _use(found: ctypes.CDLL, name: str | None) -> None:
     running = [x for x in INSTRUCTION_SETS if found.fedperfix_set_state(x.encode()) == _RUNS]
     wanted = name if name is not None else os.environ.get(VARIABLE) or running[-1]
@@ -132,7 +144,7 @@ def _use(found: ctypes.CDLL, name: str | None) -> None:
         argument = VARIABLE if name is None else "instruction set"
         raise ValueError(message(argument, repr(wanted), "one that runs here: " + ", ".join(running)))
     found.fedperfix_use_set(wanted.encode())
-    _in_use[0] = wanted
+    _state.instruction_set = wanted
 
 
 def _use_threads(found: ctypes.CDLL) -> None:
@@ -158,3 +170,6 @@ def _runtime() -> ctypes.CDLL | None:
         except OSError:  # not loaded
             continue
     return None
+
+
+load()

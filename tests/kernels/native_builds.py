@@ -35,7 +35,7 @@ def build(folder: Path, flags: str = "", sets: str = "avx2") -> Path:
 def run(script: str, library: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with that library in place of the installed one."""
     start = "from pathlib import Path\nfrom fedperfix_kernels.native import library\n"
-    start += f"library._PATH = Path({str(library)!r})\n"
+    start += f"library.load(Path({str(library)!r}))\n"
     return subprocess.run(
         [sys.executable, "-c", start + script],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=600,

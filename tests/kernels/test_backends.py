@@ -9,14 +9,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedperfix_kernels import backends, explain
+from fedperfix_kernels import backends, explain, native
 
 CPU = torch.device("cpu")
 
 
-def test_auto_is_never_the_interpreter() -> None:
-    assert backends.resolve(None, CPU) == "torch"
-    assert backends.resolve("auto", CPU) == "torch"
+@pytest.mark.parametrize(("obstacle", "expected"), [("", "native"), ("no library", "torch")])
+def test_auto_on_a_cpu_is_never_the_interpreter(obstacle: str, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(native, "obstacle", lambda: obstacle)
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
+    assert backends.resolve(None, CPU) == expected
+    assert backends.resolve("auto", CPU) == expected
+
+
+def test_auto_is_torch_for_what_the_native_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "obstacle", lambda: "")
+    assert backends.resolve("auto", CPU, "they do not take it") == "torch"
+    with pytest.raises(ValueError, match="backend: got 'native', but they do not take it; use backend='torch'"):
+        backends.resolve("native", CPU, "they do not take it")
+
+
+def test_native_refuses_tensors_of_other_devices() -> None:
+    with pytest.raises(ValueError, match="backend: got 'native', but the tensors are on 'meta'"):
+        backends.resolve("native", torch.device("meta"))
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
@@ -56,8 +71,12 @@ def test_an_explicit_choice_is_refused_rather_than_replaced(monkeypatch: pytest.
         backends.resolve("triton", torch.device("cuda"))
 
 
-def test_explain_says_what_and_why() -> None:
-    assert explain("auto", CPU).startswith("torch (no Triton kernels on 'cpu'")
+def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "obstacle", lambda: "no library")
+    assert explain("auto", CPU) == "torch (PyTorch's own operations, composed: no library)"
+    monkeypatch.setattr(native, "obstacle", lambda: "")
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
+    assert explain("auto", CPU) == "native (C kernels, instruction set avx2)"
     assert explain("reference", CPU) == "reference (asked for)"
 
 

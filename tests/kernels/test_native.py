@@ -101,7 +101,7 @@ def test_a_bias_that_hides_every_key_gives_zeros_with_and_without_gradients(
 
 
 def test_values_that_float16_can_barely_hold(instruction_set: str) -> None:
-    """Subnormals, the largest number, infinity and NaN come through reading and writing as PyTorch converts them."""
+    """Subnormals, the largest number, infinity and NaN are read and written as PyTorch converts them."""
     special = torch.tensor([6e-8, 1e-7, 3e-5, 6e-5, 1.0, 2049.0, 65504.0, torch.inf, -torch.inf, torch.nan])
     for dtype in (torch.float16, torch.bfloat16):
         v = special.to(dtype).view(1, 1, 1, -1)

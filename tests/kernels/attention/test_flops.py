@@ -23,7 +23,7 @@ def test_both_operators_count_what_the_plain_formula_does(mode: str) -> None:
         plain_forward = plain.get_total_flops()
         out.sum().backward()
     on_meta = [x.detach().to("meta") for x in inputs]
-    options = (torch.ones(heads, device="meta"), None, None, None, mode, 0.25)
+    options = (torch.ones(heads, device="meta"), None, None, None, mode, 0.25, "triton")
     with FlopCounterMode(display=False) as counter:
         out, lse = torch.ops.fedperfix.prefix_attention(*on_meta, *options)
         forward = counter.get_total_flops()
