@@ -7,7 +7,7 @@ from typing import Any
 Entry = dict[str, Any]
 Variant = dict[str, Any]
 
-_OURS = ("fused", "fedperfix", "SDPA")  # SDPA is what the library itself runs where Triton does not
+_OURS = ("fused", "fedperfix", "SDPA")  # SDPA is what the library runs where it has no kernels
 
 
 def is_sound(variant: Variant) -> bool:

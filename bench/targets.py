@@ -6,7 +6,7 @@ The GPU thresholds were set for an H100; another GPU's record shows them all the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,24 @@ def _step(
     return Target("cuda", ("training step",), ours, quantity, threshold, (rival,), rival, settings)
 
 
+def _cpu_attention(dtype: str, over_eager: float, over_others: float, limit: float) -> Iterator[Target]:
+    """Targets of the native attention on a CPU, forward + backward at every size of the plans."""
+    settings = {"dtype": f"torch.{dtype}", "kind": _BOTH}
+    common = {"settings": settings, "where_present": True}
+    others = ("SDPA", "compiled eager", "compiled SDPA")
+    yield Target("cpu", ("attention ",), "fused", "speed", over_eager, **common, **_EAGER)
+    for rivals in (others, others[:1]):  # few sizes are compiled
+        applies = common | {"settings": settings | {"compiled": len(rivals) > 1}}
+        yield Target("cpu", ("attention ",), "fused", "speed", over_others, rivals, "the best other", **applies)
+    for tokens in (65, 197, 257):
+        yield Target(
+            "cpu", ("attention ",), "fused", "limit", limit, settings=settings | {"tokens": tokens, "threads": None}
+        )
+    forward = {"settings": settings | {"kind": "forward"}}
+    yield Target("cpu", ("attention ",), "fused", "speed", 2.0, **forward, **_EAGER)
+    yield Target("cpu", ("attention ",), "fused", "speed", 1.3, ("SDPA",), "SDPA", **forward)
+
+
 _BOTH = "forward + backward"
 _MEAN = ("aggregation per client", "aggregation per layer")
 _EAGER = {"rivals": ("eager",), "against": "eager"}
@@ -109,6 +127,8 @@ TARGETS: tuple[Target, ...] = (
     Target("cuda", _MEAN, "fedperfix", "speed", 1.0, ("torch.mv",), "torch.mv", where_present=True),
     Target("cpu", ("training step",), "fedperfix", "speed", 1.3, settings=_VIT_TI, **_EAGER),
     Target("cpu", ("training step",), "compiled fedperfix", "speed", 1.3, settings=_VIT_TI, **_EAGER),
+    *_cpu_attention("float32", 2.2, 1.5, 0.60),
+    *_cpu_attention("bfloat16", 1.7, 1.4, 0.30),
     Target("cpu", _MEAN, "fedperfix", "limit", 0.80),
     # A round is its passes plus at most 5 %.
     *(Target(d, ("federated round",), "fedperfix", "speed", 1 / 1.05, (PASSES,), PASSES) for d in ("cpu", "cuda")),

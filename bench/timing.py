@@ -24,15 +24,17 @@ class Spread:
     lowest: float
     highest: float
     count: int
+    processor: float | None = None  # median of what all threads together computed, where that was measured
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Spread:
-        """Median and range of `seconds`."""
-        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+    def of(cls, seconds: list[float], processor: list[float] | None = None) -> Spread:
+        """Median and range of `seconds`, and the median of `processor` seconds."""
+        computed = statistics.median(processor) if processor else None
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds), computed)
 
     def as_dict(self) -> dict[str, float]:
         """For the record, rounded to a nanosecond."""
-        return {key: round(value, 9) for key, value in asdict(self).items()}
+        return {key: round(value, 9) for key, value in asdict(self).items() if value is not None}
 
 
 def synchronize(device: torch.device) -> None:
@@ -44,12 +46,15 @@ def synchronize(device: torch.device) -> None:
 def wall_times(comparison: Comparison, device: torch.device, budget: float) -> dict[str, Spread]:
     """Wall time of the eager call of every variant, measured in turn so that drift meets all alike.
 
+    On a CPU also the processor time, which says how much of the wall time was somebody else's.
+
     Args:
         comparison: what to time.
         device: where its inputs are.
         budget: seconds to spend, at least three rounds whatever they take.
     """
     seconds: dict[str, list[float]] = {name: [] for name in comparison.variants}
+    processor: dict[str, list[float]] = {name: [] for name in comparison.variants}
     inner = {
         name: _repetitions(variant, comparison.input_sets, device) for name, variant in comparison.variants.items()
     }
@@ -59,12 +64,15 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
     ):
         for name, variant in comparison.variants.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin, computed = time.perf_counter(), time.process_time()
             for repetition in range(inner[name]):
                 variant(repetition % comparison.input_sets)
             synchronize(device)
             seconds[name].append((time.perf_counter() - begin) / inner[name])
-    return {name: Spread.of(values) for name, values in seconds.items()}
+            processor[name].append((time.process_time() - computed) / inner[name])
+    if device.type != "cpu":
+        return {name: Spread.of(values) for name, values in seconds.items()}
+    return {name: Spread.of(values, processor[name]) for name, values in seconds.items()}
 
 
 def _repetitions(variant: Callable[[int], object], input_sets: int, device: torch.device) -> int:
@@ -179,11 +187,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large square matrix product through PyTorch's own library."""
+    """Operations per second of a large square matrix product through the fastest of PyTorch's libraries."""
     size = 8192 if device.type == "cuda" else 1536
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _best(lambda: a @ b, device)
+    seconds = [_best(lambda: a @ b, device)]
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN, where MKL may be slower
+        seconds.append(_best(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), device))
+    return 2 * size**3 / min(seconds)
 
 
 def _best(function: Callable[[], object], device: torch.device, rounds: int = 10) -> float:

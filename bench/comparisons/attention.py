@@ -1,5 +1,8 @@
 """Prefix attention, forward, backward and both: eager, SDPA by backend, compiled, FlexAttention, fused.
 
+On a CPU `SDPA` is the library's composition of PyTorch's operations, and forward and backward are also timed on one
+thread, as a client that has one core computes.
+
 Compiled graphs on a GPU, counted from the plans: 12 cases (five sizes with two prefixes each, two more modes at the
 first). A case trains under torch.compile as `compiled eager`, four `compiled SDPA` and `FlexAttention`, a forward
 and a backward graph each, and infers as `compiled eager` and `compiled SDPA`: 14 graphs, 168 in all. To keep it
@@ -13,7 +16,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +26,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.comparison import Comparison, Plan, Results, Unavailable, compiled
 from fedperfix_kernels import backends, packed_prefix_attention
+from fedperfix_kernels.attention.api import FUSED
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # qkv [B, N, 3, H, D], prefix [B or 1, L, 2, H, D], gate [H]
 
@@ -83,6 +87,35 @@ def attention_plans(device: torch.device) -> Iterator[Plan]:
                     name = f"attention {mode} {kind}, {str(dtype).removeprefix('torch.')}, {shape}"
                     build = partial(_comparison, name, shape, mode, dtype, device, kind)
                     yield Plan(name, tuple(_functions(shape, mode, device, kind)), build)
+            if not on_gpu:
+                yield _on_one_thread(shape, dtype, device)
+
+
+def _on_one_thread(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """`gated` forward + backward on one thread, without compiled variants; ceilings are those of all threads."""
+    kind = KINDS[-1]
+    name = f"attention gated {kind} on one thread, {str(dtype).removeprefix('torch.')}, {shape}"
+
+    def build() -> Comparison:
+        comparison = _comparison(name, shape, "gated", dtype, device, kind)
+        variants = {name: _alone(comparison.variants[name]) for name in plain}
+        settings = comparison.settings | {"threads": 1}
+        return replace(comparison, variants=variants, bytes_moved=0.0, flops=0.0, settings=settings)
+
+    plain = [x for x in _functions(shape, "gated", device, kind) if not x.startswith("compiled")]
+    return Plan(name, tuple(plain), build)
+
+
+def _alone(variant: Callable[[int], Results]) -> Callable[[int], Results]:
+    def run(index: int) -> Results:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return variant(index)
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def _comparison(
@@ -108,7 +141,7 @@ def _comparison(
         dtype=dtype,
         bytes_moved=moved,
         flops=_PRODUCTS[kind] * _product(shape, mode),
-        settings=settings(shape, mode, dtype, kind),
+        settings=settings(shape, mode, dtype, kind) | {"compiled": "compiled SDPA" in functions, "threads": None},
     )
 
 
@@ -183,8 +216,9 @@ def _functions(shape: Shape, mode: str, device: torch.device, kind: str) -> dict
             functions[f"compiled {name}"] = _available(compiled(_backend(mode, "torch", kernel)))
         if on_gpu:
             functions["FlexAttention"] = compiled(_flex(mode))
-    if backends.resolve("auto", device) == "triton":
-        functions["fused"] = _backend(mode, "triton")
+    own = backends.resolve("auto", device)
+    if own in FUSED:
+        functions["fused"] = _backend(mode, own)
     return functions
 
 

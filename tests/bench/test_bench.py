@@ -260,13 +260,16 @@ def test_there_is_a_committed_record() -> None:
 
 
 @pytest.mark.parametrize("path", committed_records(), ids=lambda path: path.stem)
-def test_committed_records_are_complete(path: Path) -> None:
+def test_committed_records_are_of_planned_comparisons(path: Path) -> None:
     content = json.loads(path.read_text())
     assert record.slug(content["device"]) == path.stem
     assert content["commit"] != "unknown"
     device = "cpu" if content["threads"] else "cuda"
     planned = {plan.name for plan in all_plans(torch.device(device))}
-    assert {entry["name"] for entry in content["comparisons"]} == planned
+    names = [entry["name"] for entry in content["comparisons"]]
+    assert names
+    assert len(set(names)) == len(names)
+    assert set(names) <= planned  # one that was cut short, or is older than a plan, lacks some: the pages say how many
     for entry in content["comparisons"]:
         for name, variant in entry["variants"].items():
             assert "failed" in variant or report.seconds(variant)["median"] > 0, (entry["name"], name)
