@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Processes of pytest-xdist share the cores. PyTorch reads this when it starts, here and in processes of tests.
 if _WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -14,6 +15,39 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before they are imported
+
+from fedperfix_kernels import native  # noqa: E402
+
+# The instruction sets that run here; none where the library of native kernels was not built.
+_STATES = {} if native.obstacle() else native.instruction_sets()
+INSTRUCTION_SETS = tuple(name for name, state in _STATES.items() if state == "runs")
+# Every backend, the native one with every instruction set: for parameters of the fixture `backend`.
+BACKENDS = ("triton", *(f"native {name}" for name in INSTRUCTION_SETS or ("",)), "torch", "reference")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS or ("",))
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels compute with one instruction set after the other."""
+    yield from _use(request.param)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, from one of BACKENDS (`indirect=True`)."""
+    name, _, instruction_set = request.param.partition(" ")
+    if name == "native":
+        yield from (name for _ in _use(instruction_set))
+    else:
+        yield name
+
+
+def _use(instruction_set: str) -> Iterator[str]:
+    if native.obstacle():
+        pytest.skip(native.obstacle())
+    before = native.instruction_set()
+    native.use_instruction_set(instruction_set)
+    yield instruction_set
+    native.use_instruction_set(before)
 
 
 @pytest.fixture

@@ -63,6 +63,19 @@ INLINE lanes larger(lanes x, lanes y) {
 #endif
 }
 
+/* Of a NaN and a number it returns y. */
+INLINE lanes smaller(lanes x, lanes y) {
+#if defined(FLOAT64)
+    return choose(x < y, x, y);
+#elif defined(__AVX512F__)
+    return (lanes)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (lanes)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+    return choose(x < y, x, y);
+#endif
+}
+
 INLINE real sum_of(lanes x) {
     real sum = 0;
     for (long i = 0; i < LANES; i++) sum += x[i];
