@@ -6,7 +6,10 @@
 #include "library.h"
 #include "storage.h"
 
-#define GROUP 4          /* rows that are added at a time: a sum is loaded and stored once for so many */
+#define GROUP 8            /* rows that are added at a time: a sum is loaded and stored once for so many */
+#define FEW_CLIENTS 16     /* whose values the sorting network keeps in registers */
+#define AHEAD 1024         /* bytes of a row that are asked for ahead of their use */
+#define CACHE_LINE 64
 #define SORTED_BYTES 24576 /* of a tile of the sorting network, which stays in the first-level cache */
 #define GRAM_BYTES 262144  /* of a tile of updates, which stays in the second-level cache */
 
@@ -47,13 +50,19 @@ INLINE float load_one(enum dtype dtype, const void *x, long i) {
 
 /* The weighted mean ----------------------------------------------------------------------------------------------- */
 
+/* Asks for what is used of each row after the next AHEAD bytes; the hardware follows only so many rows by itself. */
+INLINE void prefetch(const enum dtype dtype, const int rows, const void *const *x, long i) {
+    UNROLL for (int g = 0; g < rows; g++) __builtin_prefetch((const char *)from(dtype, x[g], i) + AHEAD);
+}
+
 /* sum[i] += Σ_g weight[g] · (x_g[i] − center[i]), clients in order; without `shifted` there is no center. */
 INLINE void add_rows(const enum dtype dtype, const int rows, const int shifted, const void *const *x, long first,
                      long count, const float *weight, const float *center, float *sum) {
     lanes factor[GROUP];
     UNROLL for (int g = 0; g < rows; g++) factor[g] = all(weight[g]);
     long i = 0;
-    for (; i + LANES <= count; i += LANES) {
+    for (const long line = CACHE_LINE / size_of(dtype); i + LANES <= count; i += LANES) {
+        if (i % line == 0) prefetch(dtype, rows, x, first + i);
         lanes total = load(sum + i), shift = shifted ? load(center + i) : all(0);
         UNROLL for (int g = 0; g < rows; g++) {
             lanes value = load_lanes(dtype, x[g], first + i);
@@ -68,21 +77,38 @@ INLINE void add_rows(const enum dtype dtype, const int rows, const int shifted, 
         }
 }
 
-#define ADD(dtype)                                                                                \
-    case dtype:                                                                                   \
-        if (rows == GROUP && center) add_rows(dtype, GROUP, 1, x, first, count, weight, center, sum); \
-        else if (rows == GROUP) add_rows(dtype, GROUP, 0, x, first, count, weight, center, sum);  \
-        else if (center) add_rows(dtype, 1, 1, x, first, count, weight, center, sum);             \
-        else add_rows(dtype, 1, 0, x, first, count, weight, center, sum);                         \
-        break;
+/* Rows that are taken at a time when so many are left: a power of two. */
+static int group_of(long left) {
+    int rows = GROUP;
+    while (rows > left) rows /= 2;
+    return rows;
+}
+
+#define FOR_GROUP(call, dtype, rows, ...)                          \
+    switch (rows) {                                                \
+        case 8: call(dtype, 8, __VA_ARGS__); break;                \
+        case 4: call(dtype, 4, __VA_ARGS__); break;                \
+        case 2: call(dtype, 2, __VA_ARGS__); break;                \
+        default: call(dtype, 1, __VA_ARGS__);                      \
+    }
+#define FOR_FLOATS(call, dtype, rows, ...)                                        \
+    case FLOAT32: FOR_GROUP(call, FLOAT32, rows, __VA_ARGS__) break;              \
+    case BFLOAT16: FOR_GROUP(call, BFLOAT16, rows, __VA_ARGS__) break;            \
+    case FLOAT16: FOR_GROUP(call, FLOAT16, rows, __VA_ARGS__) break;
 
 static void add(enum dtype dtype, int rows, const void *const *x, long first, long count, const float *weight,
-                const float *center, float *sum) {
+                float *sum) {
     switch (dtype) {
-        ADD(FLOAT32)
-        ADD(BFLOAT16)
-        ADD(FLOAT16)
-        default: ADD(INT8)
+        FOR_FLOATS(add_rows, dtype, rows, 0, x, first, count, weight, 0, sum)
+        default: FOR_GROUP(add_rows, INT8, rows, 0, x, first, count, weight, 0, sum)
+    }
+}
+
+static void add_shifted(enum dtype dtype, int rows, const void *const *x, long first, long count, const float *weight,
+                        const float *center, float *sum) {
+    switch (dtype) {
+        FOR_FLOATS(add_rows, dtype, rows, 1, x, first, count, weight, center, sum)
+        default: break; /* int8 has no center */
     }
 }
 
@@ -145,13 +171,16 @@ static void weighted_mean(const void *given, int64_t item, char *scratch) {
     if (center) read_row(dtype, from(dtype, call->center, piece.first), piece.count, 1, center);
     int rows;
     for (long k = 0; k < call->clients; k += rows) {
-        rows = call->clients - k >= GROUP ? GROUP : 1;
+        rows = group_of(call->clients - k);
         for (long start = 0, length; start < piece.count; start += length) {
             float weight[GROUP];
             length = same_weights(call, piece.first + start, piece.count - start);
             weights_of(call, piece.tensor, (piece.first + start) / BLOCK, k, rows, weight);
-            add(dtype, rows, piece.rows + k, piece.first + start, length, weight, center ? center + start : 0,
-                sum + start);
+            if (center)
+                add_shifted(dtype, rows, piece.rows + k, piece.first + start, length, weight, center + start,
+                            sum + start);
+            else
+                add(dtype, rows, piece.rows + k, piece.first + start, length, weight, sum + start);
         }
     }
     if (call->nonfinite && !all_finite(sum, piece.count)) {
@@ -166,119 +195,259 @@ static void weighted_mean(const void *given, int64_t item, char *scratch) {
 
 /* The trimmed mean ------------------------------------------------------------------------------------------------ */
 
-static long sorted_columns(const struct aggregation *call) {
-    long columns = SORTED_BYTES / (long)sizeof(float) / call->clients / LANES * LANES;
-    return columns < 4 * LANES ? 4 * LANES : least(columns, BLOCK);
+/* Batcher's odd-even merge sort of 16 as `network.py` lists it: it merges sorted runs of 1, 2, 4 and 8. Of fewer rows
+   it is the pairs that do not reach beyond them. */
+#define MERGES_OF_1(C)                                                    \
+    C(0, 1) C(2, 3) C(4, 5) C(6, 7) C(8, 9) C(10, 11) C(12, 13) C(14, 15)
+#define MERGES_OF_2(C)                                                                             \
+    C(0, 2) C(1, 3) C(4, 6) C(5, 7) C(8, 10) C(9, 11) C(12, 14) C(13, 15) C(1, 2) C(5, 6) C(9, 10) \
+    C(13, 14)
+#define MERGES_OF_4(C)                                                                              \
+    C(0, 4) C(1, 5) C(2, 6) C(3, 7) C(8, 12) C(9, 13) C(10, 14) C(11, 15) C(2, 4) C(3, 5) C(10, 12) \
+    C(11, 13) C(1, 2) C(3, 4) C(5, 6) C(9, 10) C(11, 12) C(13, 14)
+#define MERGES_OF_8(C)                                                                             \
+    C(0, 8) C(1, 9) C(2, 10) C(3, 11) C(4, 12) C(5, 13) C(6, 14) C(7, 15) C(4, 8) C(5, 9) C(6, 10) \
+    C(7, 11) C(2, 4) C(3, 5) C(6, 8) C(7, 9) C(10, 12) C(11, 13) C(1, 2) C(3, 4) C(5, 6) C(7, 8)   \
+    C(9, 10) C(11, 12) C(13, 14)
+
+#define LANES_NUMBER (VECTOR_BYTES / 4)
+
+/* Vectors of a row of the tile of keys. */
+static long sorted_vectors(const struct aggregation *call) {
+    long vectors = SORTED_BYTES / VECTOR_BYTES / call->clients;
+    return vectors < 4 ? 4 : vectors;
+}
+
+/* float32: a number is its own key, kept as bits. */
+INLINE mask whole_load(const void *x, long i) { return (mask)load((const float *)x + i); }
+INLINE mask whole_key(mask x) { return x; }
+INLINE mask whole_is_nan(enum dtype dtype, mask x) {
+    (void)dtype;
+    return (lanes)x != (lanes)x;
+}
+INLINE mask whole_smaller(mask x, mask y) { return (mask)smaller((lanes)x, (lanes)y); }
+INLINE mask whole_larger(mask x, mask y) { return (mask)larger((lanes)x, (lanes)y); }
+INLINE void whole_add(enum dtype dtype, mask x, mask nan, lanes *sum) {
+    (void)dtype;
+    sum[0] += (lanes)(x | nan);
+}
+
+#define NETWORK(name) whole_##name
+#define KEYS mask
+#define WIDTH LANES_NUMBER
+#include "network.h"
+
+/* bfloat16 and float16: their bits as a signed integer, with the order of negative numbers turned round. */
+typedef int16_t halves __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t halves_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+
+INLINE halves half_load(const void *x, long i) { return *(const halves_in_memory *)((const uint16_t *)x + i); }
+INLINE halves half_key(halves x) { return x ^ ((x >> 15) & 0x7fff); }
+INLINE halves half_is_nan(enum dtype dtype, halves x) {
+    return (halves)((x & 0x7fff) > (int16_t)(dtype == BFLOAT16 ? 0x7f80 : 0x7c00));
+}
+
+INLINE halves half_smaller(halves x, halves y) {
+#if defined(__AVX512BW__)
+    return (halves)_mm512_min_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+    return (halves)_mm256_min_epi16((__m256i)x, (__m256i)y);
+#elif defined(__SSE2__)
+    return (halves)_mm_min_epi16((__m128i)x, (__m128i)y);
+#elif defined(__ARM_NEON)
+    return (halves)vminq_s16((int16x8_t)x, (int16x8_t)y);
+#else
+    halves less = x < y;
+    return (less & x) | (~less & y);
+#endif
+}
+
+INLINE halves half_larger(halves x, halves y) {
+#if defined(__AVX512BW__)
+    return (halves)_mm512_max_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+    return (halves)_mm256_max_epi16((__m256i)x, (__m256i)y);
+#elif defined(__SSE2__)
+    return (halves)_mm_max_epi16((__m128i)x, (__m128i)y);
+#elif defined(__ARM_NEON)
+    return (halves)vmaxq_s16((int16x8_t)x, (int16x8_t)y);
+#else
+    halves less = x < y;
+    return (less & y) | (~less & x);
+#endif
+}
+
+INLINE void half_add(enum dtype dtype, halves x, halves nan, lanes *sum) {
+    halves value = half_key(x) | nan; /* a key's key is the number */
+    uint16_t number[2 * LANES_NUMBER];
+    memcpy(number, &value, sizeof(value));
+    sum[0] += load_lanes(dtype, number, 0);
+    sum[1] += load_lanes(dtype, number, LANES);
+}
+
+#define NETWORK(name) half_##name
+#define KEYS halves
+#define WIDTH (2 * LANES_NUMBER)
+#include "network.h"
+
+static void trim_rows(const struct aggregation *call, const void *const *rows, long first, long count, void *tile,
+                      float *to) {
+    if (call->dtype == FLOAT32) whole_trim(FLOAT32, call, rows, first, count, tile, to);
+    else if (call->dtype == BFLOAT16) half_trim(BFLOAT16, call, rows, first, count, tile, to);
+    else half_trim(FLOAT16, call, rows, first, count, tile, to);
 }
 
 static int64_t trimmed_mean_scratch(const void *given) {
-    return (((const struct aggregation *)given)->clients + 1) * sorted_columns(given) * (long)sizeof(float) + 128;
+    const struct aggregation *call = given;
+    long tile = (call->clients + 1) * sorted_vectors(call) * VECTOR_BYTES;
+    return tile + call->clients * (VECTOR_BYTES + 8) + call->piece * (long)sizeof(float) + 5 * 64;
 }
 
-/* tile [K, columns]: the rows' elements as float32, zeros up to whole vectors; notes coordinates where one is NaN. */
-static void read_sorted(const struct aggregation *call, const struct piece *piece, long start, long count,
-                        long columns, float *tile, float *poison) {
-    enum dtype dtype = (enum dtype)call->dtype;
-    memset(poison, 0, columns * sizeof(float));
-    for (long k = 0; k < call->clients; k++) {
-        float *row = tile + k * columns;
-        read_row(dtype, from(dtype, piece->rows[k], piece->first + start), count, 1, row);
-        for (long i = count; i < rounded_up(count, LANES); i++) row[i] = 0;
-        for (long i = 0; i < count; i += LANES) {
-            lanes x = load(row + i);
-            store(poison + i, (lanes)((mask)load(poison + i) | (x != x)));
-        }
-    }
-}
-
-/* Item: a piece. A tile of columns is sorted by a network of minima and maxima of whole rows. */
+/* Item: a piece. What is left beyond whole vectors goes through a copy with zeros behind it. */
 static void trimmed_mean(const void *given, int64_t item, char *scratch) {
     const struct aggregation *call = given;
     struct piece piece = piece_of(call, item);
-    long columns = sorted_columns(call), kept = call->clients - 2 * call->trim;
-    float *tile = take(&scratch, call->clients * columns), *poison = take(&scratch, columns);
     enum dtype dtype = (enum dtype)call->dtype;
-    for (long start = 0; start < piece.count; start += columns) {
-        long count = least(columns, piece.count - start);
-        read_sorted(call, &piece, start, count, columns, tile, poison);
-        for (long p = 0; p < call->pair_count; p++) {
-            float *low = tile + call->pairs[2 * p] * columns, *high = tile + call->pairs[2 * p + 1] * columns;
-            for (long i = 0; i < count; i += LANES) {
-                lanes x = load(low + i), y = load(high + i);
-                store(low + i, smaller(x, y));
-                store(high + i, larger(x, y));
-            }
+    long size = size_of(dtype), width = VECTOR_BYTES / size, whole = piece.count / width * width;
+    float *mean = take(&scratch, call->piece);
+    void *tile = take(&scratch, (call->clients + 1) * sorted_vectors(call) * LANES);
+    trim_rows(call, piece.rows, piece.first, whole, tile, mean);
+    if (whole < piece.count) {
+        char *copies = (char *)take(&scratch, call->clients * LANES);
+        const void **rows = (const void **)take(&scratch, call->clients * 2);
+        memset(copies, 0, call->clients * VECTOR_BYTES);
+        for (long k = 0; k < call->clients; k++) {
+            rows[k] = copies + k * VECTOR_BYTES;
+            memcpy(copies + k * VECTOR_BYTES, from(dtype, piece.rows[k], piece.first + whole),
+                   (piece.count - whole) * size);
         }
-        float *mean = tile + call->trim * columns;
-        for (long i = 0; i < count; i += LANES) {
-            lanes sum = load(mean + i);
-            for (long rank = 1; rank < kept; rank++) sum += load(mean + rank * columns + i);
-            /* All bits set is a NaN. */
-            store(mean + i, (lanes)((mask)(sum / all((float)kept)) | (mask)load(poison + i)));
-        }
-        write_row(dtype, mean, count, 1, (char *)call->out[0] + (piece.first + start) * size_of(dtype));
+        trim_rows(call, rows, 0, width, tile, mean + whole);
     }
+    write_row(dtype, mean, piece.count, 1, (char *)call->out[0] + piece.first * size);
 }
 
 /* Norms and inner products of updates ----------------------------------------------------------------------------- */
 
-/* to[i] = x[i] − center[i], zeros up to whole vectors */
-static void read_update(enum dtype dtype, const void *x, const float *center, long count, float *to) {
-    read_row(dtype, x, count, 1, to);
-    for (long i = 0; i < count; i++) to[i] -= center[i];
-    for (long i = count; i < rounded_up(count, LANES); i++) to[i] = 0;
+/* norms[g] += Σ (x_g[i] − center[i])², in float32 within a block. */
+INLINE void add_squares(const enum dtype dtype, const int rows, const void *const *x, long first, long count,
+                        const float *center, double *norms) {
+    lanes sum[GROUP];
+    UNROLL for (int g = 0; g < rows; g++) sum[g] = all(0);
+    long i = 0;
+    for (const long line = CACHE_LINE / size_of(dtype); i + LANES <= count; i += LANES) {
+        if (i % line == 0) prefetch(dtype, rows, x, first + i);
+        UNROLL for (int g = 0; g < rows; g++) {
+            lanes update = load_lanes(dtype, x[g], first + i) - load(center + i);
+            sum[g] += update * update;
+        }
+    }
+    UNROLL for (int g = 0; g < rows; g++) {
+        norms[g] += sum_of(sum[g]);
+        for (long j = i; j < count; j++) {
+            float update = load_one(dtype, x[g], first + j) - center[j];
+            norms[g] += update * update;
+        }
+    }
 }
 
 static int64_t squared_norms_scratch(const void *given) {
-    (void)given;
-    return 2 * BLOCK * (long)sizeof(float) + 128;
+    return ((const struct aggregation *)given)->piece * (long)sizeof(float) + 64;
 }
 
 /* partial [pieces, K]: Σ (x_k − center)² over each piece. Item: a piece. */
 static void squared_norms(const void *given, int64_t item, char *scratch) {
     const struct aggregation *call = given;
     struct piece piece = piece_of(call, item);
-    float *update = take(&scratch, BLOCK), *center = take(&scratch, BLOCK);
+    float *center = take(&scratch, call->piece);
     double *norms = call->partial + item * call->clients;
     enum dtype dtype = (enum dtype)call->dtype;
     memset(norms, 0, call->clients * sizeof(double));
-    for (long start = 0; start < piece.count; start += BLOCK) {
-        long count = least(BLOCK, piece.count - start), first = piece.first + start;
-        read_row(dtype, from(dtype, call->center, first), count, 1, center);
-        for (long k = 0; k < call->clients; k++) {
-            read_update(dtype, from(dtype, piece.rows[k], first), center, count, update);
-            lanes sum = all(0);
-            for (long i = 0; i < count; i += LANES) sum += load(update + i) * load(update + i);
-            norms[k] += sum_of(sum);
+    read_row(dtype, from(dtype, call->center, piece.first), piece.count, 1, center);
+    int rows;
+    for (long k = 0; k < call->clients; k += rows) {
+        rows = group_of(call->clients - k);
+        for (long start = 0; start < piece.count; start += BLOCK) {
+            long count = least(BLOCK, piece.count - start), first = piece.first + start;
+            switch (dtype) {
+                FOR_FLOATS(add_squares, dtype, rows, piece.rows + k, first, count, center + start, norms + k)
+                default: break;
+            }
         }
     }
 }
 
+/* Columns of the tile of updates. */
 static long gram_columns(const struct aggregation *call) {
     long columns = GRAM_BYTES / (long)sizeof(float) / call->clients / LANES * LANES;
-    return columns < 4 * LANES ? 4 * LANES : least(columns, BLOCK);
+    return columns < 4 * LANES ? 4 * LANES : least(columns, BLOCK / 2);
 }
 
 static int64_t gram_scratch(const void *given) {
     return (((const struct aggregation *)given)->clients + 1) * gram_columns(given) * (long)sizeof(float) + 128;
 }
 
-/* gram[a, b] += x_a · y_b for `rows` by `others` rows of a tile. */
-INLINE void add_products(const int rows, const int others, const float *x, const float *y, long columns, long count,
-                         double *gram, long clients) {
-    lanes sum[4][2];
+/* to[i] = x[i] − center[i], zeros up to whole vectors */
+INLINE void read_update(const enum dtype dtype, const void *x, const float *center, long count, float *to) {
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_lanes(dtype, x, i) - load(center + i));
+    for (long j = i; j < rounded_up(count, LANES); j++) to[j] = j < count ? load_one(dtype, x, j) - center[j] : 0;
+}
+
+/* tile [K, columns]: the updates of all clients */
+static void read_updates(const struct aggregation *call, const struct piece *piece, long start, long count,
+                         long columns, const float *center, float *tile) {
+    for (long k = 0; k < call->clients; k++, tile += columns) {
+        const void *x = from((enum dtype)call->dtype, piece->rows[k], piece->first + start);
+        if (call->dtype == FLOAT32) read_update(FLOAT32, x, center, count, tile);
+        else if (call->dtype == BFLOAT16) read_update(BFLOAT16, x, center, count, tile);
+        else read_update(FLOAT16, x, center, count, tile);
+    }
+}
+
+/* gram[a, b] += x_a · y_b for `rows` by `others` rows of a tile; of a block on the diagonal, where y is x, only a ≥ b.
+   Meanwhile memory brings two rows of the next tile, of elements of `bytes`, from `ahead` on. */
+INLINE void add_products(const int rows, const int others, const int diagonal, const float *x, const float *y,
+                         long columns, long count, const char *const *ahead, long bytes, double *gram, long clients) {
+    lanes sum[4][4];
     UNROLL for (int a = 0; a < rows; a++)
         UNROLL for (int b = 0; b < others; b++) sum[a][b] = all(0);
     for (long i = 0; i < count; i += LANES) {
-        lanes other[2];
+        lanes other[4];
+        __builtin_prefetch(ahead[i / LANES % 2] + i * bytes);
         UNROLL for (int b = 0; b < others; b++) other[b] = load(y + b * columns + i);
         UNROLL for (int a = 0; a < rows; a++) {
-            lanes own = load(x + a * columns + i);
-            UNROLL for (int b = 0; b < others; b++) sum[a][b] += own * other[b];
+            lanes own = diagonal ? other[a] : load(x + a * columns + i);
+            UNROLL for (int b = 0; b < others; b++)
+                if (!diagonal || a >= b) sum[a][b] += own * other[b];
         }
     }
     UNROLL for (int a = 0; a < rows; a++)
-        UNROLL for (int b = 0; b < others; b++) gram[a * clients + b] += sum_of(sum[a][b]);
+        UNROLL for (int b = 0; b < others; b++)
+            if (!diagonal || a >= b) gram[a * clients + b] += sum_of(sum[a][b]);
+}
+
+/* The products of all pairs of rows a ≥ b of a tile; `next` is where the next tile starts. */
+static void multiply_tile(const struct aggregation *call, const struct piece *piece, long next, const float *tile,
+                          long columns, long count, double *gram) {
+    long clients = call->clients, bytes = size_of((enum dtype)call->dtype), asked = 0;
+    for (long a = 0; a < clients; a += 4)
+        for (long b = 0, others; b <= a; b += others, asked += 2) {
+            const float *x = tile + a * columns, *y = tile + b * columns;
+            double *to = gram + a * clients + b;
+            const char *ahead[2];
+            for (int i = 0; i < 2; i++)
+                ahead[i] = (const char *)piece->rows[least(asked + i, clients - 1)] + next * bytes;
+            others = a == b ? 4 : 2;
+            if (clients - a >= 4 && a == b)
+                add_products(4, 4, 1, x, y, columns, count, ahead, bytes, to, clients);
+            else if (clients - a >= 4)
+                add_products(4, 2, 0, x, y, columns, count, ahead, bytes, to, clients);
+            else
+                for (long i = 0; i < clients - a; i++)
+                    for (long j = 0; j < least(others, a + i - b + 1); j++)
+                        add_products(1, 1, 0, x + i * columns, y + j * columns, columns, count, ahead, bytes,
+                                     to + i * clients + j, clients);
+        }
 }
 
 /* partial [pieces, K, K]: (x_j − center) · (x_k − center) over each piece, symmetric. Item: a piece. */
@@ -291,23 +460,10 @@ static void gram(const void *given, int64_t item, char *scratch) {
     enum dtype dtype = (enum dtype)call->dtype;
     memset(products, 0, clients * clients * sizeof(double));
     for (long start = 0; start < piece.count; start += columns) {
-        long count = least(columns, piece.count - start), first = piece.first + start;
-        read_row(dtype, from(dtype, call->center, first), count, 1, center);
-        for (long k = 0; k < clients; k++)
-            read_update(dtype, from(dtype, piece.rows[k], first), center, count, tile + k * columns);
-        for (long a = 0; a < clients; a += 4)
-            for (long b = 0; b < least(a + 4, clients); b += 2) {
-                const float *x = tile + a * columns, *y = tile + b * columns;
-                double *to = products + a * clients + b;
-                if (clients - a >= 4 && clients - b >= 2) {
-                    add_products(4, 2, x, y, columns, count, to, clients);
-                    continue;
-                }
-                for (long i = 0; i < least(4, clients - a); i++)
-                    for (long j = 0; j < least(2, clients - b); j++)
-                        add_products(1, 1, x + i * columns, y + j * columns, columns, count, to + i * clients + j,
-                                     clients);
-            }
+        long count = least(columns, piece.count - start), next = piece.first + start + columns;
+        read_row(dtype, from(dtype, call->center, piece.first + start), count, 1, center);
+        read_updates(call, &piece, start, count, columns, center, tile);
+        multiply_tile(call, &piece, next, tile, columns, count, products);
     }
     for (long a = 0; a < clients; a++)
         for (long b = a + 1; b < clients; b++) products[a * clients + b] = products[b * clients + a];
