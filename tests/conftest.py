@@ -18,27 +18,47 @@ if not HAS_GPU:
 
 from fedperfix_kernels import native  # noqa: E402
 
+# The instruction sets that run here; none where the library of native kernels was not built.
+_STATES = {} if native.obstacle() else native.instruction_sets()
+INSTRUCTION_SETS = tuple(name for name, state in _STATES.items() if state == "runs")
+# Every backend, the native one with every instruction set: for parameters of the fixture `backend`.
+BACKENDS = ("triton", *(f"native {name}" for name in INSTRUCTION_SETS or ("",)), "torch", "reference")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS or ("",))
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels compute with one instruction set after the other."""
+    yield from _use(request.param)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, from one of BACKENDS (`indirect=True`)."""
+    name, _, instruction_set = request.param.partition(" ")
+    if name == "native":
+        yield from (name for _ in _use(instruction_set))
+    else:
+        yield name
+
+
+def _use(instruction_set: str) -> Iterator[str]:
+    if native.obstacle():
+        pytest.skip(native.obstacle())
+    before = native.instruction_set()
+    native.use_instruction_set(instruction_set)
+    yield instruction_set
+    native.use_instruction_set(before)
+
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test's backend runs: the native one on the CPU, others on a GPU if there is one."""
-    return torch.device("cuda" if HAS_GPU and _backend(request.node) != "native" else "cpu")
+    return torch.device("cuda" if HAS_GPU and not _is_native(request.node) else "cpu")
 
 
-RUNNING_SETS = [] if native.obstacle() else [x for x, state in native.instruction_sets().items() if state == "runs"]
-
-
-@pytest.fixture(params=RUNNING_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of the native kernels that this processor has, one after the other."""
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(None)
-
-
-def _backend(item: pytest.Item) -> str | None:
-    """The `backend` that a test is parametrised with."""
-    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+def _is_native(item: pytest.Item) -> bool:
+    """Whether the test is parametrised with the native backend."""
+    return hasattr(item, "callspec") and str(item.callspec.params.get("backend")).startswith("native")
 
 
 @pytest.fixture
@@ -65,5 +85,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if _backend(item) == "native" and native.obstacle():
+        if _is_native(item) and native.obstacle():
             item.add_marker(pytest.mark.skip(reason=native.obstacle()))

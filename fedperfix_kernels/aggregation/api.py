@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedperfix_kernels.aggregation import composed, reference
+from fedperfix_kernels.aggregation import composed, native_launch, reference
 from fedperfix_kernels.aggregation import op as _registered  # noqa: F401  (defines torch.ops.fedperfix.*)
 from fedperfix_kernels.aggregation.inputs import (
     DTYPES,
     check_rows,
     checked_out,
     checked_weights,
+    extent,
+    native_limit,
     refuse_float64_on_gpu,
+    refuse_overlap,
     shares_of,
 )
 from fedperfix_kernels.aggregation.quantized import RESULTS as QUANTIZED_RESULTS
@@ -52,7 +55,7 @@ def aggregate(
             Quantized uploads give float32, or the dtype of `out` (float32, float16 or bfloat16).
         nonfinite: bool [K], overwritten: whether each upload holds NaN or Inf, found in the same pass. The mean is
             then not finite; a mean of finite uploads that overflows float32 names no client.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out`, or a new tensor [P], or a new dict of tensors.
@@ -86,12 +89,14 @@ def _aggregate_rows(
     numel = uploads.shape[1]
     if layout is not None and layout.numel != numel:
         raise ValueError(message("layout", f"{layout.numel} elements", f"{numel}, as the uploads"))
-    backend = resolve(backend, uploads.device)
+    backend = resolve(backend, uploads.device, native_limit(uploads))
     weights, per_layer = checked_weights(weights, uploads.shape[0], layout.layers if layout is not None else 1)
     if per_layer and layout is None:
         remedy = "pass layout=arena.shared_layout"
         raise ValueError(message("weights", f"shape {tuple(weights.shape)}", "shape [K] without a layout", remedy))
     out = checked_out(out, uploads, (uploads.dtype,) if scales is None else QUANTIZED_RESULTS)
+    if scales is not None:
+        refuse_overlap("out", out, scales, "a view of the uploads' scales")
     _clear(nonfinite, uploads.shape[0], uploads.device)
     if numel == 0:
         return out
@@ -103,6 +108,8 @@ def _aggregate_rows(
     block_layer = layout.block_layer(uploads.device) if per_layer else None
     if backend == "torch":
         composed.aggregate_rows(uploads, shares, block_layer, scales, out, nonfinite)
+    elif backend == "native":
+        native_launch.aggregate_rows(uploads, shares, block_layer, scales, out, nonfinite)
     else:
         refuse_float64_on_gpu(uploads)
         torch.ops.fedperfix.aggregate_rows(uploads, shares, block_layer, scales, out, nonfinite)
@@ -119,17 +126,22 @@ def _aggregate_state_dicts(
     names = _checked_names(uploads)
     first = uploads[0]
     device = first[names[0]].device
-    backend = resolve(backend, device)
+    backends = {x.dtype: resolve(backend, device, native_limit(x)) for x in first.values()}
     weights, per_layer = checked_weights(weights, len(uploads), len(names))
     if not per_layer:
         weights = weights.expand(-1, len(names))
-    out = _checked_out_dict(out, first)
+    out = _checked_out_dict(out, uploads)
     _clear(nonfinite, len(uploads), device)
-    for dtype in dict.fromkeys(x.dtype for x in first.values()):
+    for dtype, backend in backends.items():
         columns = [i for i, name in enumerate(names) if first[name].dtype == dtype and first[name].numel()]
         if not columns:
             continue
         group = [names[i] for i in columns]
+        if backend == "native":
+            clients = [[client[name] for name in group] for client in uploads]
+            shares = shares_of(weights[:, columns], dtype, device)
+            native_launch.aggregate_tensors(clients, shares, [out[name] for name in group], nonfinite)
+            continue
         if backend == "triton":
             refuse_float64_on_gpu(first[group[0]])
             tensors = [client[name].contiguous() for client in uploads for name in group]
@@ -163,19 +175,36 @@ def _clear(nonfinite: Tensor | None, clients: int, device: torch.device) -> None
     nonfinite.fill_(False)
 
 
-def _checked_out_dict(out, first: StateDict) -> dict[str, Tensor]:
+def _checked_out_dict(out: StateDict | None, uploads: Sequence[StateDict]) -> dict[str, Tensor]:
+    first = uploads[0]
     if out is None:
         return {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in first.items()}
     if not isinstance(out, Mapping) or list(out) != list(first):
         raise ValueError(message("out", f"a {type(out).__name__}", "a state dict with the uploads' names in order"))
     for name, x in first.items():
+        argument = f"out[{name!r}]"
+        check_tensor(argument, out[name])
         if (out[name].shape, out[name].dtype, out[name].device) != (x.shape, x.dtype, x.device):
-            raise ValueError(message(f"out[{name!r}]", describe(out[name]), describe(x)))
-        if not out[name].is_contiguous() or out[name].data_ptr() == x.data_ptr() != 0:
-            raise ValueError(
-                message(f"out[{name!r}]", "strided or the upload itself", "contiguous memory of its own")
-            )
+            raise ValueError(message(argument, describe(out[name]), describe(x)))
+        if not out[name].is_contiguous():
+            raise ValueError(message(argument, f"strides {out[name].stride()}", "contiguous memory"))
+    _refuse_overlaps(out, uploads)
     return dict(out)
+
+
+def _refuse_overlaps(out: StateDict, uploads: Sequence[StateDict]) -> None:
+    """Raise if a result shares memory with an upload, of whichever client and name, or with another result."""
+    read = [(*extent(x), "") for client in uploads for x in client.values()]
+    written = [(*extent(x), f"out[{name!r}]") for name, x in out.items()]
+    end = end_written = 0
+    latest = ""
+    for first, last, argument in sorted(x for x in read + written if x[0] < x[1]):
+        if first < (end if argument else end_written):
+            got = "memory of an upload or of another result"
+            raise ValueError(message(argument or latest, got, "memory of its own", "allocate it apart"))
+        end = max(end, last)
+        if argument:
+            end_written, latest = last, argument
 
 
 def _checked_names(uploads: Sequence[StateDict]) -> list[str]:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedperfix_kernels.aggregation.network import comparators, leading_to
+from fedperfix_kernels.aggregation.tiles import columns_of
 from fedperfix_kernels.arena import BLOCK
 
-_TILE = 1 << 18  # elements of a tile over all clients: 1 MiB of float32, within a core's cache
 _BAGS = 2048  # blocks per call of embedding_bag: few calls, and 4 MiB of results
 
 
@@ -145,7 +145,7 @@ def quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
         values: int8 [P]; written.
         scales: float32 [P / BLOCK, rounded up]; written.
     """
-    for columns in _columns(x[None]):
+    for columns in columns_of(x[None]):
         blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
         tile = F.pad(x[columns].float(), (0, -(columns.stop - columns.start) % BLOCK)).view(-1, BLOCK)
         largest = tile.abs().amax(1)  # NaN if there is one
@@ -222,7 +222,7 @@ def _parts(shares: Tensor, dtype: torch.dtype) -> Tensor:
 def _mark_nonfinite(uploads: Tensor, out: Tensor, nonfinite: Tensor) -> None:
     """Name the clients with NaN or Inf: 0 · NaN is NaN, so they need a look only where `out` [P] is not finite."""
     if not _all_finite(out):
-        for columns in _columns(uploads):
+        for columns in columns_of(uploads):
             if not _all_finite(out[columns]):
                 nonfinite.logical_or_(~uploads[:, columns].isfinite().all(1))
 
@@ -231,16 +231,9 @@ def _all_finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(x))
 
 
-def _columns(uploads: Tensor) -> Iterator[slice]:
-    """Ranges of whole blocks that cover P, each a tile's worth."""
-    width = max(BLOCK, _TILE // len(uploads) // BLOCK * BLOCK)
-    for first in range(0, uploads.shape[1], width):
-        yield slice(first, min(first + width, uploads.shape[1]))
-
-
 def _tiles(uploads: Tensor, center: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Columns and the uploads there, minus `center`, as a copy [K, columns] in the accumulation dtype."""
     dtype = torch.float64 if uploads.dtype == torch.float64 else torch.float32
-    for columns in _columns(uploads):
+    for columns in columns_of(uploads):
         tile = uploads[:, columns].to(dtype, copy=True)
         yield columns, tile if center is None else tile.sub_(center[columns])

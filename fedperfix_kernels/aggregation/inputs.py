@@ -61,9 +61,29 @@ def checked_out(out: Tensor | None, uploads: Tensor, dtypes: Sequence[torch.dtyp
         names = " or ".join(map(str, dtypes))
         takes = f"a contiguous tensor of shape ({uploads.shape[1]},), {names}, {uploads.device}"
         raise ValueError(message("out", describe(out), takes))
-    if out.untyped_storage().data_ptr() == uploads.untyped_storage().data_ptr():
-        raise ValueError(message("out", "a view of the uploads' memory", "memory of its own", "allocate it apart"))
+    refuse_overlap("out", out, uploads, "a view of the uploads' memory")
     return out
+
+
+def refuse_overlap(argument: str, written: Tensor, read: Tensor, got: str) -> None:
+    """Raise ValueError if the two share memory: operations read while they write. `got` describes it."""
+    (start, end), (first, last) = extent(written), extent(read)
+    if start < last and first < end:
+        raise ValueError(message(argument, got, "memory of its own", "allocate it apart"))
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and the one behind its last; equal if it has no memory."""
+    first = x.data_ptr()
+    if first == 0 or x.numel() == 0:
+        return first, first
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return first, first + (last + 1) * x.element_size()
+
+
+def native_limit(uploads: Tensor) -> str:
+    """Why the native kernels cannot take `uploads`, as a clause; empty if they can."""
+    return "uploads are float64 and native kernels compute in float32" if uploads.dtype == torch.float64 else ""
 
 
 def checked_weights(weights: object, clients: int, layers: int) -> tuple[Tensor, bool]:

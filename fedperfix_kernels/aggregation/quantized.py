@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedperfix_kernels.aggregation import composed, reference
+from fedperfix_kernels.aggregation import composed, native_launch, reference
 from fedperfix_kernels.aggregation import op as _registered  # noqa: F401  (defines torch.ops.fedperfix.*)
 from fedperfix_kernels.aggregation.inputs import DTYPES, check_rows
 from fedperfix_kernels.arena import BLOCK
@@ -47,7 +47,7 @@ def quantize(x: Tensor, *, backend: str | None = None) -> Quantized:
 
     Args:
         x: [P], contiguous.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         values int8 [P] and scales float32 [P / BLOCK, rounded up].
@@ -67,6 +67,7 @@ def quantize(x: Tensor, *, backend: str | None = None) -> Quantized:
         operation = {
             "reference": reference.quantize,
             "torch": composed.quantize,
+            "native": native_launch.quantize,
             "triton": torch.ops.fedperfix.quantize,
         }
         operation[backend](x, values, scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedperfix_kernels.aggregation import composed, reference
+from fedperfix_kernels.aggregation import composed, native_launch, reference
 from fedperfix_kernels.aggregation import op as _registered  # noqa: F401  (defines torch.ops.fedperfix.*)
 from fedperfix_kernels.aggregation.configs import MAX_CLIENTS
 from fedperfix_kernels.aggregation.inputs import (
@@ -15,10 +15,19 @@ from fedperfix_kernels.aggregation.inputs import (
     check_rows,
     checked_out,
     checked_weights,
+    native_limit,
+    refuse_overlap,
     shares_of,
 )
 from fedperfix_kernels.backends import resolve
 from fedperfix_kernels.checks import message
+
+_IMPLEMENTATIONS = {
+    "reference": reference,
+    "torch": composed,
+    "native": native_launch,
+    "triton": torch.ops.fedperfix,
+}
 
 
 def median(uploads: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -30,7 +39,7 @@ def median(uploads: Tensor, *, out: Tensor | None = None, backend: str | None = 
     Args:
         uploads: [K, P], innermost stride 1; at most 128 clients with the triton backend.
         out: [P], contiguous, to write into.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out`, or a new tensor [P] of the uploads' dtype.
@@ -54,7 +63,7 @@ def trimmed_mean(uploads: Tensor, trim: int, *, out: Tensor | None = None, backe
         trim: how many values are left out at each end, less than K / 2. Yin et al. take at least the number of
             byzantine clients.
         out: [P], contiguous, to write into.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out`, or a new tensor [P] of the uploads' dtype.
@@ -65,16 +74,11 @@ def trimmed_mean(uploads: Tensor, trim: int, *, out: Tensor | None = None, backe
     check_rows("uploads", uploads)
     clients = uploads.shape[0]
     check_integer("trim", trim, 0, (clients - 1) // 2, f"there are {clients} uploads")
-    backend = resolve(backend, uploads.device)
+    backend = resolve(backend, uploads.device, native_limit(uploads))
     _check_triton(uploads, backend, MAX_CLIENTS)
     out = checked_out(out, uploads, (uploads.dtype,))
     if uploads.shape[1]:
-        operation = {
-            "reference": reference.trimmed_mean,
-            "torch": composed.trimmed_mean,
-            "triton": torch.ops.fedperfix.trimmed_mean,
-        }
-        operation[backend](uploads, trim, out)
+        _IMPLEMENTATIONS[backend].trimmed_mean(uploads, trim, out)
     return out
 
 
@@ -99,7 +103,7 @@ def clipped_mean(
         center: [P], contiguous, the uploads' dtype: the global model that the clients started from.
         max_norm: largest Euclidean norm of an update, above 0.
         out: [P], contiguous, to write into; not `center`.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out`, or a new tensor [P] of the uploads' dtype.
@@ -140,7 +144,7 @@ def noisy_mean(
         noise_multiplier: standard deviation of the noise in the sum over clients, in `max_norm`; at least 0.
         seed: of the noise, from 0 to 2^63 − 1; a new one every round.
         out: [P], contiguous, to write into; not `center`.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out`, or a new tensor [P] of the uploads' dtype.
@@ -182,7 +186,7 @@ def krum(
         byzantine: how many clients may be hostile; K is at least 2 · byzantine + 3.
         select: how many uploads are averaged, at most K − byzantine.
         out: [P], contiguous, to write into.
-        backend: `auto`, `triton`, `torch` or `reference`; None is `auto`.
+        backend: `auto`, `triton`, `native`, `torch` or `reference`; None is `auto`.
 
     Returns:
         `out` or a new tensor [P] of the uploads' dtype, and the chosen clients [select], best first, int64 on the
@@ -199,7 +203,7 @@ def krum(
     check_integer("byzantine", byzantine, 0, (clients - 3) // 2, f"there are {clients} uploads")
     check_integer("select", select, 1, clients - byzantine, f"{byzantine} of {clients} uploads may be hostile")
     check_center(center, uploads)
-    backend = resolve(backend, uploads.device)
+    backend = resolve(backend, uploads.device, native_limit(uploads))
     _check_triton(uploads, backend, MAX_CLIENTS)
     out = checked_out(out, uploads, (uploads.dtype,))
     chosen = _nearest(_squared_distances(uploads, center, backend), byzantine, select)
@@ -233,14 +237,13 @@ def _clipped(
     """The clipped mean with shares [K] or [K, 1], plus noise."""
     check_number("max_norm", max_norm, positive=True)
     check_center(center, uploads)
-    backend = resolve(backend, uploads.device)
+    backend = resolve(backend, uploads.device, native_limit(uploads))
     _check_triton(uploads, backend)
     out = checked_out(out, uploads, (uploads.dtype,))
-    if out.untyped_storage().data_ptr() == center.untyped_storage().data_ptr() and out.numel():
-        raise ValueError(message("out", "memory of center", "memory of its own", "allocate it apart"))
+    refuse_overlap("out", out, center, "memory of center")
     if uploads.shape[1] == 0:
         return out
-    operations = {"reference": reference, "torch": composed, "triton": torch.ops.fedperfix}[backend]
+    operations = _IMPLEMENTATIONS[backend]
     norms = operations.squared_norms(uploads, center).sqrt()
     scaled = shares.flatten() * (max_norm / norms.clamp_min(max_norm)).to(shares.dtype)
     operations.shifted_mean(uploads, center, scaled, std, seed, out)
@@ -252,8 +255,7 @@ def _squared_distances(uploads: Tensor, center: Tensor, backend: str) -> Tensor:
     if backend == "reference":
         distances = reference.squared_distances(uploads, center)
     else:
-        operations = composed if backend == "torch" else torch.ops.fedperfix
-        gram = operations.gram(uploads, center)
+        gram = _IMPLEMENTATIONS[backend].gram(uploads, center)
         norms = gram.diagonal()
         distances = (norms[:, None] + norms - 2 * gram).clamp_min(0)
     return distances.cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -279,5 +281,9 @@ def _mean_of(rows: list[Tensor], out: Tensor, backend: str) -> None:
         reference.weighted_mean(rows, shares.tolist(), out)
     elif backend == "torch":
         composed.weighted_mean(rows, shares_of(shares, out.dtype, torch.device("cpu")), out, None)
+    elif backend == "native":
+        native_launch.aggregate_tensors(
+            [[row] for row in rows], shares_of(shares[:, None], out.dtype, out.device), [out], None
+        )
     else:
         torch.ops.fedperfix.aggregate_tensors(rows, shares_of(shares[:, None], out.dtype, out.device), [out], None)

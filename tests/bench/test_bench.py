@@ -269,7 +269,9 @@ def test_committed_records_are_of_planned_comparisons(path: Path) -> None:
     names = [entry["name"] for entry in content["comparisons"]]
     assert names
     assert len(set(names)) == len(names)
-    assert set(names) <= planned  # one that was cut short, or is older than a plan, lacks some: the pages say how many
+    assert (
+        set(names) <= planned
+    )  # one that was cut short, or is older than a plan, lacks some: the pages say how many
     for entry in content["comparisons"]:
         for name, variant in entry["variants"].items():
             assert "failed" in variant or report.seconds(variant)["median"] > 0, (entry["name"], name)

@@ -11,8 +11,8 @@ import torch
 from bench.timing import peak_memory
 from fedperfix_kernels import BlockLayout, aggregate
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,7 +27,7 @@ def bound(uploads: torch.Tensor, accumulate: float = 2**-23) -> float:
     return largest * (torch.finfo(uploads.dtype).eps + uploads.shape[0] * accumulate)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("clients", "numel"), [(1, 1), (2, 7), (7, BLOCK), (8, BLOCK + 1), (33, 3001), (65, 17)])
 @pytest.mark.usefixtures("poisoned")
@@ -41,7 +41,7 @@ def test_weights_per_client(clients: int, numel: int, dtype: torch.dtype, backen
     assert error <= bound(uploads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_weights_per_layer(dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -57,14 +57,14 @@ def test_weights_per_layer(dtype: torch.dtype, backend: str, device: torch.devic
         assert np.abs(mean[start:end].double().cpu().numpy() - expected).max() <= bound(uploads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_by_hand(backend: str, device: torch.device) -> None:
     """Two clients with 1 and 3 images: FedAvg's m_k / Σ m."""
     uploads = torch.tensor([[0.0, 8.0, -4.0], [4.0, 0.0, 4.0]], device=device)
     assert aggregate(uploads, [1, 3], backend=backend).tolist() == [3.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("columns", [slice(0, 2000), slice(1, 2001), slice(3, 4)])
 def test_rows_of_a_wider_buffer_into_a_given_output(columns: slice, backend: str, device) -> None:
     """Uploads as slices of [K, P_total] rows, at addresses that are and are not multiples of 16 bytes."""
@@ -89,7 +89,7 @@ def state_dicts(clients: int, device: torch.device) -> list[dict[str, torch.Tens
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.usefixtures("poisoned")
 def test_state_dicts(per_layer: bool, backend: str, device: torch.device) -> None:
@@ -106,7 +106,7 @@ def test_state_dicts(per_layer: bool, backend: str, device: torch.device) -> Non
             assert np.abs(mean[name].double().cpu().numpy() - expected).max() <= bound(stacked), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_state_dicts_into_given_tensors_and_transposed_uploads(backend: str, device: torch.device) -> None:
     uploads = [{"w": torch.randn(6, 4, device=device).T} for _ in range(3)]
     out = {"w": torch.full((4, 6), torch.nan, device=device)}
@@ -116,7 +116,7 @@ def test_state_dicts_into_given_tensors_and_transposed_uploads(backend: str, dev
     torch.testing.assert_close(mean["w"], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
     uploads = torch.randn(9, 5000, device=device)
     weights = torch.rand(9)
@@ -124,7 +124,7 @@ def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) 
     assert all(torch.equal(first, aggregate(uploads, weights, backend=backend)) for _ in range(3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_nan_reaches_the_result(backend: str, device: torch.device) -> None:
     """Nothing is masked silently: a non-finite upload reaches the result, and is for the caller to leave out."""
     uploads = torch.ones(3, 10, device=device)

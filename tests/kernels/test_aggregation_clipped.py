@@ -11,8 +11,8 @@ import torch
 from bench.timing import peak_memory
 from fedperfix_kernels import clipped_mean, noisy_mean
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (2, 7), (3, BLOCK - 1), (7, BLOCK + 1), (33, 3001), (65, 17)]
 
@@ -41,7 +41,7 @@ def bound(uploads: torch.Tensor) -> float:
     return largest * (torch.finfo(uploads.dtype).eps + (uploads.shape[0] + 8) * 2**-23)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("clients", "numel"), SIZES)
 @pytest.mark.usefixtures("poisoned")
@@ -55,7 +55,7 @@ def test_clipped_mean(clients: int, numel: int, dtype: torch.dtype, backend: str
     assert error <= bound(uploads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_by_hand(backend: str, device: torch.device) -> None:
     """Updates of norm 5, 0.5 and 0 around (1, 1), clipped to norm 1."""
     uploads = torch.tensor([[4.0, 5.0], [1.5, 1.0], [1.0, 1.0]], device=device)
@@ -64,7 +64,7 @@ def test_by_hand(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(mean.cpu(), torch.tensor([1 + (0.6 + 0.5) / 4, 1 + 0.8 / 4]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_one_client_moves_the_mean_by_its_share_of_max_norm_at_most(backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(5, 3001, torch.float32, device)
     uploads[4] *= 1e6
@@ -74,14 +74,14 @@ def test_one_client_moves_the_mean_by_its_share_of_max_norm_at_most(backend: str
     torch.testing.assert_close((moved[0] - moved[1]).norm().item(), 2.0 / 5, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_nan_reaches_the_result(backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(3, 10, torch.float32, device)
     uploads[1, 4] = torch.nan
     assert clipped_mean(uploads, [1, 1, 1], center, 1.0, backend=backend).isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_without_noise_the_noisy_mean_is_the_unweighted_clipped_mean(dtype, backend, device) -> None:
@@ -90,7 +90,7 @@ def test_without_noise_the_noisy_mean_is_the_unweighted_clipped_mean(dtype, back
     assert torch.equal(noisy_mean(uploads, center, 3.0, 0.0, 1, backend=backend), clipped)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("seed", [0, 2**40])
 def test_noise_is_normal_with_the_stated_deviation(seed: int, backend: str, device: torch.device) -> None:
     clients, numel = 4, 20_000
@@ -107,7 +107,7 @@ def test_noise_is_normal_with_the_stated_deviation(seed: int, backend: str, devi
     assert 3.3 < noise.abs().max() < 6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_equal_seeds_give_equal_bits_and_others_do_not(backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(3, 3001, torch.float32, device)
     first, again, other = (noisy_mean(uploads, center, 1.0, 1.0, seed, backend=backend) for seed in (5, 5, 6))

@@ -11,8 +11,8 @@ import torch
 from bench.timing import peak_memory
 from fedperfix_kernels import krum
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +33,7 @@ def scores_of(uploads: torch.Tensor, byzantine: int) -> np.ndarray:
     return np.array(scores)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("clients", "numel", "byzantine", "select"),
@@ -56,7 +56,7 @@ def test_against_a_double_loop(clients, numel, byzantine, select, dtype, backend
     assert np.abs(mean.double().cpu().numpy() - expected).max() <= bound
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_by_hand(backend: str, device: torch.device) -> None:
     """Five numbers, one of them hostile: each score is the sum of the two smallest squared distances."""
     uploads = torch.tensor([[0.0], [1.0], [1.5], [3.0], [100.0]], device=device)
@@ -65,7 +65,7 @@ def test_by_hand(backend: str, device: torch.device) -> None:
     assert mean.tolist() == [1.25]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("value", [1e4, torch.nan, torch.inf])
 def test_hostile_uploads_are_not_chosen(value: float, backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(9, 300, torch.float32, device)
@@ -76,7 +76,7 @@ def test_hostile_uploads_are_not_chosen(value: float, backend: str, device: torc
     assert mean.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_too_many_nonfinite_uploads_are_an_error(backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(7, 20, torch.float32, device)
     uploads[:5] = torch.nan
@@ -84,7 +84,7 @@ def test_too_many_nonfinite_uploads_are_an_error(backend: str, device: torch.dev
         krum(uploads, center, 2, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_equal_scores_choose_the_first_clients_and_the_same_bits(backend: str, device: torch.device) -> None:
     uploads = torch.randn(1, 200, device=device).repeat(6, 1)
     results = [krum(uploads, torch.zeros(200, device=device), 1, 2, backend=backend) for _ in range(2)]
@@ -92,7 +92,7 @@ def test_equal_scores_choose_the_first_clients_and_the_same_bits(backend: str, d
     assert torch.equal(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_rows_of_a_wider_buffer_into_a_given_output(backend: str, device: torch.device) -> None:
     uploads, center = inputs_of(5, 150, torch.float32, device)
     out = torch.full((100,), torch.nan, device=device)

@@ -15,8 +15,8 @@ from fedperfix_kernels import median, trimmed_mean
 from fedperfix_kernels.aggregation import configs, triton_launch
 from fedperfix_kernels.aggregation.network import comparators, leading_to
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (2, 7), (3, BLOCK - 1), (7, BLOCK + 1), (8, 3001), (33, 9), (65, 3), (128, 5)]
 
@@ -43,7 +43,7 @@ def bound(uploads: torch.Tensor) -> float:
     return largest * (torch.finfo(uploads.dtype).eps + uploads.shape[0] * 2**-23)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("clients", "numel"), SIZES)
 @pytest.mark.usefixtures("poisoned")
@@ -55,7 +55,7 @@ def test_median(clients: int, numel: int, dtype: torch.dtype, backend: str, devi
     assert error <= (0 if clients % 2 else bound(uploads))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("clients", "trim"), [(1, 0), (5, 1), (8, 0), (9, 2), (20, 9), (40, 3)])
 @pytest.mark.usefixtures("poisoned")
 def test_trimmed_mean(clients: int, trim: int, backend: str, device: torch.device) -> None:
@@ -65,7 +65,7 @@ def test_trimmed_mean(clients: int, trim: int, backend: str, device: torch.devic
     assert np.abs(result - expected).max() <= bound(uploads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_by_hand(backend: str, device: torch.device) -> None:
     uploads = torch.tensor([[1.0, 9.0], [2.0, -9.0], [3.0, 5.0], [1000.0, 6.0]], device=device)
     assert median(uploads, backend=backend).tolist() == [2.5, 5.5]
@@ -73,7 +73,7 @@ def test_by_hand(backend: str, device: torch.device) -> None:
     assert median(uploads[:3], backend=backend).tolist() == [2.0, 5.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("clients", [5, 6, 40])
 def test_infinite_values_are_extreme_and_nan_is_nan(clients: int, backend: str, device: torch.device) -> None:
     uploads = uploads_of(clients, 6, torch.float32, device)
@@ -85,7 +85,7 @@ def test_infinite_values_are_extreme_and_nan_is_nan(clients: int, backend: str, 
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("client", range(7))
 def test_no_client_can_hide_a_nan(client: int, backend: str, device: torch.device) -> None:
     uploads = uploads_of(7, 3, torch.float32, device)
@@ -93,7 +93,7 @@ def test_no_client_can_hide_a_nan(client: int, backend: str, device: torch.devic
     assert median(uploads, backend=backend).isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("columns", [slice(0, 100), slice(1, 101)])
 def test_rows_of_a_wider_buffer_into_a_given_output(columns: slice, backend: str, device) -> None:
     uploads = torch.randn(5, 150, device=device)[:, columns]
@@ -102,7 +102,7 @@ def test_rows_of_a_wider_buffer_into_a_given_output(columns: slice, backend: str
     assert np.array_equal(numpy_rows(out), np.median(numpy_rows(uploads), axis=0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
     uploads = uploads_of(10, 500, torch.float32, device)
     first = trimmed_mean(uploads, 2, backend=backend)

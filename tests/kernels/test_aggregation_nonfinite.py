@@ -11,8 +11,8 @@ import torch
 from fedperfix_kernels import BlockLayout, aggregate
 from fedperfix_kernels.aggregation import composed
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,7 +20,7 @@ def flags(clients: int, device: torch.device) -> torch.Tensor:
     return torch.ones(clients, dtype=torch.bool, device=device)  # must be overwritten, False included
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("clients", "numel"), [(1, 1), (3, BLOCK), (7, 2 * BLOCK + 1), (33, 3001)])
@@ -34,7 +34,7 @@ def test_names_the_clients(clients, numel, value, dtype, backend, device) -> Non
     assert nonfinite.nonzero().flatten().tolist() == hit
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_of_zero_hides_nothing(value: float, dtype: torch.dtype, backend: str, device) -> None:
@@ -63,7 +63,7 @@ def test_finite_uploads_whose_sum_overflows_are_not_named(aggregate_rows, device
     assert nonfinite.tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_mean_has_the_same_bits_with_and_without(backend: str, device: torch.device) -> None:
     uploads = torch.randn(9, 3001, device=device)
     uploads[4, 7] = torch.inf
@@ -72,7 +72,7 @@ def test_the_mean_has_the_same_bits_with_and_without(backend: str, device: torch
     assert np.array_equal(plain.cpu().numpy(), checked.cpu().numpy(), equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_state_dicts(backend: str, device: torch.device) -> None:
     uploads = [
         {"w": torch.randn(33, 65, device=device), "h": torch.randn(7, device=device).half()} for _ in range(4)

@@ -11,8 +11,8 @@ import torch
 from bench.timing import peak_memory
 from fedperfix_kernels import BlockLayout, Quantized, aggregate, quantize
 from fedperfix_kernels.arena import BLOCK
+from tests.conftest import BACKENDS
 
-BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,7 +27,7 @@ def element_scales(scales: torch.Tensor, numel: int) -> np.ndarray:
     return np.repeat(scales.double().cpu().numpy(), BLOCK, axis=-1)[..., :numel]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3001])
 @pytest.mark.usefixtures("poisoned")
@@ -45,7 +45,7 @@ def test_quantize(numel: int, dtype: torch.dtype, backend: str, device: torch.de
     assert quantized.values.min() >= -127
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_blocks_of_zeros_and_of_the_smallest_numbers(backend: str, device: torch.device) -> None:
     x = torch.zeros(2 * BLOCK, device=device)
     x[BLOCK] = 1e-40
@@ -55,7 +55,7 @@ def test_blocks_of_zeros_and_of_the_smallest_numbers(backend: str, device: torch
     assert (quantized.scales < 1e-37).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_nonfinite_block_is_refused(value: float, backend: str, device: torch.device) -> None:
     x = torch.ones(2 * BLOCK + 5, device=device)
@@ -64,7 +64,7 @@ def test_a_nonfinite_block_is_refused(value: float, backend: str, device: torch.
         quantize(x, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("clients", "numel"), [(1, 1), (2, 7), (7, BLOCK + 1), (33, 3001)])
 @pytest.mark.usefixtures("poisoned")
@@ -84,7 +84,7 @@ def test_mean_of_quantized_uploads(clients, numel, dtype, backend, device) -> No
     assert (np.abs(result - exact) <= (shares[:, None] * scales).sum(0) * (0.5 + 1e-4) + rounding).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.usefixtures("poisoned")
 def test_weights_per_layer(backend: str, device: torch.device) -> None:
     layout = BlockLayout.of({"a": torch.Size([BLOCK + 3]), "b": torch.Size([5]), "c": torch.Size([2, 3])})
@@ -100,7 +100,7 @@ def test_weights_per_layer(backend: str, device: torch.device) -> None:
     assert np.abs(mean.double().cpu().numpy() - expected).max() <= np.abs(values).max() * 7 * 2**-23
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_rows_of_a_preallocated_buffer(backend: str, device: torch.device) -> None:
     buffer = torch.randint(-127, 128, (3, 2500), dtype=torch.int8, device=device)
     uploads = Quantized(buffer[:, :2000], torch.rand(3, 2, device=device))
@@ -109,7 +109,7 @@ def test_rows_of_a_preallocated_buffer(backend: str, device: torch.device) -> No
     np.testing.assert_allclose(mean.double().cpu().numpy(), np.average(values, 0, [1, 1, 2]), atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_nonfinite_scale_names_its_client(backend: str, device: torch.device) -> None:
     """An upload that did not come from `quantize`."""
     values = torch.ones(3, BLOCK + 5, dtype=torch.int8, device=device)
@@ -120,7 +120,7 @@ def test_a_nonfinite_scale_names_its_client(backend: str, device: torch.device) 
     assert nonfinite.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
     uploads = Quantized.stack([quantize(row) for row in rows_of(5, 3001, torch.float32, device)])
     means = [aggregate(uploads, [1, 2, 3, 4, 5], backend=backend) for _ in range(2)]

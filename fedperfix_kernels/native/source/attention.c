@@ -22,6 +22,7 @@
    Where the instruction set multiplies pairs of bfloat16, tensors of bfloat16 take another way through the products
    (pairs.h): their operands are bfloat16, and O and dQ are made transposed, [D, M]. Everything else is the same. */
 #include "library.h"
+#include "scratch.h"
 #include "storage.h"
 
 #define MOST_ROWS 12
@@ -47,9 +48,6 @@ INLINE lanes real_all(real x) { return all(x); }
 #define LOG2_E 1.4426950408889634
 /* Bytes of a block's scores that should stay in the second-level cache. */
 #define BLOCK_BYTES (VECTOR_BYTES == 64 ? 1 << 19 : 1 << 18)
-
-INLINE long least(long x, long y) { return x < y ? x : y; }
-INLINE long rounded_up(long x, long to) { return (x + to - 1) / to * to; }
 
 /* One (image, head) of a call. */
 struct item {
@@ -124,23 +122,6 @@ static long pitch_of(const struct attention *call) {
 static long most_queries(const struct attention *call) {
     long grain = grain_of(call), most = rounded_up(6 * LANES, grain), fewer = rounded_up(3 * LANES, grain);
     return most_keys(call) * most * 2 * (long)sizeof(real) <= BLOCK_BYTES ? most : fewer;
-}
-
-/* Memory is NULL where only sizes are asked for. Under AddressSanitizer a gap that must not be touched follows each
-   part. */
-struct memory {
-    char *start;
-    int64_t used;
-};
-
-static real *take(struct memory *memory, long count) {
-    real *taken = (real *)(memory->start ? memory->start + memory->used : 0);
-    memory->used += rounded_up(count * (long)sizeof(real), 64);
-#ifdef __SANITIZE_ADDRESS__
-    if (taken) __asan_poison_memory_region(memory->start + memory->used, 64);
-    memory->used += 64;
-#endif
-    return taken;
 }
 
 #ifdef PAIRS

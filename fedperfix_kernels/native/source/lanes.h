@@ -11,6 +11,8 @@
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -58,8 +60,25 @@ INLINE lanes larger(lanes x, lanes y) {
     return (lanes)_mm512_max_ps((__m512)x, (__m512)y);
 #elif defined(__AVX2__)
     return (lanes)_mm256_max_ps((__m256)x, (__m256)y);
+#elif defined(__SSE2__)
+    return (lanes)_mm_max_ps((__m128)x, (__m128)y);
 #else
     return choose(x > y, x, y);
+#endif
+}
+
+/* Of a NaN and a number it returns y. */
+INLINE lanes smaller(lanes x, lanes y) {
+#if defined(FLOAT64)
+    return choose(x < y, x, y);
+#elif defined(__AVX512F__)
+    return (lanes)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (lanes)_mm256_min_ps((__m256)x, (__m256)y);
+#elif defined(__SSE2__)
+    return (lanes)_mm_min_ps((__m128)x, (__m128)y);
+#else
+    return choose(x < y, x, y);
 #endif
 }
 

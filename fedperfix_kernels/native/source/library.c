@@ -6,6 +6,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -208,3 +211,30 @@ EXPORT int fedperfix_attention_backward(struct attention *call) {
     }
     return status;
 }
+
+/* Aggregation ----------------------------------------------------------------------------------------------------- */
+
+EXPORT int fedperfix_weighted_mean(const struct aggregation *call) {
+    return run_all(&chosen->weighted_mean, call, call->pieces);
+}
+
+EXPORT int fedperfix_trimmed_mean(const struct aggregation *call) {
+    return run_all(&chosen->trimmed_mean, call, call->pieces);
+}
+
+EXPORT int fedperfix_quantize(const struct aggregation *call) {
+    return run_all(&chosen->quantize, call, call->pieces);
+}
+
+/* total = Σ of the pieces' results, in order */
+static int run_and_add(const struct kernel *kernel, const struct aggregation *call) {
+    int status = run_all(kernel, call, call->pieces);
+    memset(call->total, 0, (size_t)call->results * sizeof(double));
+    for (int64_t piece = 0; piece < call->pieces; piece++)
+        for (int64_t i = 0; i < call->results; i++) call->total[i] += call->partial[piece * call->results + i];
+    return status;
+}
+
+EXPORT int fedperfix_squared_norms(const struct aggregation *call) { return run_and_add(&chosen->squared_norms, call); }
+
+EXPORT int fedperfix_gram(const struct aggregation *call) { return run_and_add(&chosen->gram, call); }

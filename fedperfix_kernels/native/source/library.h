@@ -1,12 +1,9 @@
 /* What the instruction sets' kernels and the library around them agree on. The structs are filled in from Python:
-   `native/attention.py` and its like mirror them field by field. */
+   `native_launch.py` of each operation mirrors its own field by field. */
 #ifndef FEDPERFIX_LIBRARY_H
 #define FEDPERFIX_LIBRARY_H
 
 #include <stdint.h>
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
 
 enum mode { GATED = 0, CONCAT = 1, ADDITIVE = 2 };
 
@@ -36,6 +33,32 @@ struct attention {
     int32_t dtype, mode;
 };
 
+/* Elements of a block, as `arena.BLOCK`: a layer starts with a block, and int8 uploads have a scale for each. */
+#define BLOCK 1024
+
+/* One call of an aggregation of K clients' tensors, T of them each; all but the weighted mean have one, of P elements.
+   A tensor is cut into pieces of `piece` elements, whole blocks, whatever the number of threads. */
+struct aggregation {
+    const void *const *rows;    /* [T, K]: where each client's tensor lies, contiguous elements of `dtype` */
+    void *const *out;           /* [T]: where each result lies, of `out_dtype` */
+    const int64_t *numel;       /* [T] */
+    const int64_t *first_piece; /* [T + 1] */
+    const float *shares;        /* [K, layers] */
+    const int32_t *block_layer; /* [blocks], or NULL: tensor t is layer t */
+    const float *scales;        /* [K, blocks] of int8 rows, or NULL */
+    uint8_t *nonfinite;         /* [K], set for clients with NaN or Inf, or NULL */
+    const void *center;         /* [P] of `dtype`, subtracted from every row, or NULL */
+    const float *noise;         /* [P], or NULL */
+    const int32_t *pairs;       /* [pairs, 2]: the comparators of a sorting network over the clients */
+    double *partial;            /* [pieces, results] */
+    double *total;              /* [results]: the pieces' sum */
+    int8_t *values;             /* [P]: of the first row, quantised */
+    float *value_scales;        /* [blocks] */
+    int64_t clients, tensors, layers, blocks, pieces, piece, pair_count, trim, results;
+    float std;
+    int32_t dtype, out_dtype;
+};
+
 /* A kernel does item `item` of a call, in scratch memory of as many bytes as `scratch` says. */
 struct kernel {
     void (*run)(const void *call, int64_t item, char *scratch);
@@ -47,6 +70,7 @@ struct instruction_set {
     int32_t vector_bytes;
     struct kernel attention_forward, attention_backward, attention_prefix, attention_bias;
     int64_t (*attention_bias_blocks)(const void *call); /* items of attention_bias for each head of a group */
+    struct kernel weighted_mean, trimmed_mean, squared_norms, gram, quantize;
 };
 
 #endif

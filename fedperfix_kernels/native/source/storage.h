@@ -1,12 +1,14 @@
-/* Tensors in memory: float32, bfloat16, float16 (or float64) elements, computed with as `real`. */
+/* Tensors in memory: float32, bfloat16, float16, int8 (or float64) elements, computed with as `real`. */
 #ifndef FEDPERFIX_STORAGE_H
 #define FEDPERFIX_STORAGE_H
 
 #include "lanes.h"
 
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, DOUBLE = 3 };
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, DOUBLE = 3, INT8 = 4 };
 
-INLINE long size_of(enum dtype dtype) { return dtype == DOUBLE ? 8 : dtype == FLOAT32 ? 4 : 2; }
+INLINE long size_of(enum dtype dtype) {
+    return dtype == DOUBLE ? 8 : dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
+}
 
 INLINE float from_bfloat16(uint16_t x) {
     uint32_t word = (uint32_t)x << 16;
@@ -112,6 +114,18 @@ INLINE lanes load_float16(const uint16_t *x) {
 #else
     lanes value;
     for (long i = 0; i < LANES; i++) value[i] = from_float16(x[i]);
+    return value;
+#endif
+}
+
+INLINE lanes load_int8(const int8_t *x) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+    return (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+    lanes value;
+    for (long i = 0; i < LANES; i++) value[i] = x[i];
     return value;
 #endif
 }
