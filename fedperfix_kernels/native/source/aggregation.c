@@ -11,6 +11,7 @@
 #define AHEAD 1024         /* bytes of a row that are asked for ahead of their use */
 #define CACHE_LINE 64
 #define SORTED_BYTES 24576 /* of a tile of the sorting network, which stays in the first-level cache */
+#define STREAMED_BYTES 4194304 /* from this size on, a result goes around the caches */
 #define GRAM_BYTES 262144  /* of a tile of updates, which stays in the second-level cache */
 
 /* A piece of one tensor. */
@@ -46,6 +47,38 @@ INLINE float load_one(enum dtype dtype, const void *x, long i) {
     if (dtype == BFLOAT16) return from_bfloat16(((const uint16_t *)x)[i]);
     if (dtype == FLOAT16) return from_float16(((const uint16_t *)x)[i]);
     return ((const int8_t *)x)[i];
+}
+
+#if defined(__AVX512F__)
+#define STREAM(to, x) _mm512_stream_si512((__m512i *)(to), _mm512_loadu_si512(x))
+#elif defined(__AVX2__)
+#define STREAM(to, x) _mm256_stream_si256((__m256i *)(to), _mm256_loadu_si256((const __m256i *)(x)))
+#elif defined(__SSE2__)
+#define STREAM(to, x) _mm_stream_si128((__m128i *)(to), _mm_loadu_si128((const __m128i *)(x)))
+#endif
+
+/* Copies around the caches: memory then need not be read before it is written. */
+static void stream(char *to, const char *x, long bytes) {
+    long i = 0;
+#ifdef STREAM
+    if ((uintptr_t)to % VECTOR_BYTES == 0) {
+        for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) STREAM(to + i, x + i);
+        _mm_sfence();
+    }
+#endif
+    memcpy(to + i, x + i, (size_t)(bytes - i));
+}
+
+/* A piece's results; `spare` has room for them. Those that would fit a cache are left there. */
+static void write_piece(const struct aggregation *call, const struct piece *piece, const float *x, float *spare) {
+    enum dtype dtype = (enum dtype)call->out_dtype;
+    char *to = (char *)call->out[piece->tensor] + piece->first * size_of(dtype);
+    if (call->numel[piece->tensor] * size_of(dtype) < STREAMED_BYTES) {
+        write_row(dtype, x, piece->count, 1, to);
+        return;
+    }
+    if (dtype != FLOAT32) write_row(dtype, x, piece->count, 1, spare);
+    stream(to, (const char *)(dtype == FLOAT32 ? x : spare), piece->count * size_of(dtype));
 }
 
 /* The weighted mean ----------------------------------------------------------------------------------------------- */
@@ -158,15 +191,16 @@ static void name_nonfinite(const struct aggregation *call, const struct piece *p
 }
 
 static int64_t weighted_mean_scratch(const void *given) {
-    return 2 * (((const struct aggregation *)given)->piece * (long)sizeof(float) + 64);
+    return 3 * (((const struct aggregation *)given)->piece * (long)sizeof(float) + 64);
 }
 
 /* out = center + Σ_k weight_k · (x_k − center) + std · noise, center and noise being optional. Item: a piece. */
 static void weighted_mean(const void *given, int64_t item, char *scratch) {
     const struct aggregation *call = given;
     struct piece piece = piece_of(call, item);
-    float *sum = take(&scratch, call->piece), *center = call->center ? take(&scratch, call->piece) : 0;
-    enum dtype dtype = (enum dtype)call->dtype, out_dtype = (enum dtype)call->out_dtype;
+    float *sum = take(&scratch, call->piece), *spare = take(&scratch, call->piece);
+    float *center = call->center ? take(&scratch, call->piece) : 0;
+    enum dtype dtype = (enum dtype)call->dtype;
     memset(sum, 0, piece.count * sizeof(float));
     if (center) read_row(dtype, from(dtype, call->center, piece.first), piece.count, 1, center);
     int rows;
@@ -183,14 +217,10 @@ static void weighted_mean(const void *given, int64_t item, char *scratch) {
                 add(dtype, rows, piece.rows + k, piece.first + start, length, weight, sum + start);
         }
     }
-    if (call->nonfinite && !all_finite(sum, piece.count)) {
-        float *row = take(&scratch, call->piece);
-        name_nonfinite(call, &piece, row);
-    }
+    if (call->nonfinite && !all_finite(sum, piece.count)) name_nonfinite(call, &piece, spare);
     for (long i = 0; center && i < piece.count; i++) sum[i] += center[i];
     for (long i = 0; call->noise && i < piece.count; i++) sum[i] += call->std * call->noise[piece.first + i];
-    char *out = (char *)call->out[piece.tensor] + piece.first * size_of(out_dtype);
-    write_row(out_dtype, sum, piece.count, 1, out);
+    write_piece(call, &piece, sum, spare);
 }
 
 /* The trimmed mean ------------------------------------------------------------------------------------------------ */
@@ -300,7 +330,7 @@ static void trim_rows(const struct aggregation *call, const void *const *rows, l
 static int64_t trimmed_mean_scratch(const void *given) {
     const struct aggregation *call = given;
     long tile = (call->clients + 1) * sorted_vectors(call) * VECTOR_BYTES;
-    return tile + call->clients * (VECTOR_BYTES + 8) + call->piece * (long)sizeof(float) + 5 * 64;
+    return tile + call->clients * (VECTOR_BYTES + 8) + 2 * call->piece * (long)sizeof(float) + 5 * 64;
 }
 
 /* Item: a piece. What is left beyond whole vectors goes through a copy with zeros behind it. */
@@ -309,7 +339,7 @@ static void trimmed_mean(const void *given, int64_t item, char *scratch) {
     struct piece piece = piece_of(call, item);
     enum dtype dtype = (enum dtype)call->dtype;
     long size = size_of(dtype), width = VECTOR_BYTES / size, whole = piece.count / width * width;
-    float *mean = take(&scratch, call->piece);
+    float *mean = take(&scratch, call->piece), *spare = take(&scratch, call->piece);
     void *tile = take(&scratch, (call->clients + 1) * sorted_vectors(call) * LANES);
     trim_rows(call, piece.rows, piece.first, whole, tile, mean);
     if (whole < piece.count) {
@@ -323,7 +353,7 @@ static void trimmed_mean(const void *given, int64_t item, char *scratch) {
         }
         trim_rows(call, rows, 0, width, tile, mean + whole);
     }
-    write_row(dtype, mean, piece.count, 1, (char *)call->out[0] + piece.first * size);
+    write_piece(call, &piece, mean, spare);
 }
 
 /* Norms and inner products of updates ----------------------------------------------------------------------------- */
@@ -463,6 +493,8 @@ static void gram(const void *given, int64_t item, char *scratch) {
         long count = least(columns, piece.count - start), next = piece.first + start + columns;
         read_row(dtype, from(dtype, call->center, piece.first + start), count, 1, center);
         read_updates(call, &piece, start, count, columns, center, tile);
+        for (long i = 0; i < columns * size_of(dtype); i += CACHE_LINE)
+            __builtin_prefetch((const char *)from(dtype, call->center, next) + i);
         multiply_tile(call, &piece, next, tile, columns, count, products);
     }
     for (long a = 0; a < clients; a++)
