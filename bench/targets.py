@@ -101,6 +101,7 @@ def _cpu_attention(dtype: str, over_eager: float, over_others: float, limit: flo
 
 _BOTH = "forward + backward"
 _MEAN = ("aggregation per client", "aggregation per layer")
+_RULES = tuple(f"aggregation {rule}" for rule in ("median", "clipped mean", "Krum", "int8 mean"))
 _EAGER = {"rivals": ("eager",), "against": "eager"}
 _ADAPTER, _TOKENS = {"prefix_len": None}, {"prefix_len": 10}
 _VIT_S = {"model": "vit_small_patch16_224", "image_size": 224}
@@ -130,6 +131,7 @@ TARGETS: tuple[Target, ...] = (
     *_cpu_attention("float32", 2.2, 1.5, 0.60),
     *_cpu_attention("bfloat16", 1.7, 1.4, 0.30),
     Target("cpu", _MEAN, "fedperfix", "limit", 0.80),
+    Target("cpu", _RULES, "fedperfix", "limit", 0.70),
     # A round is its passes plus at most 5 %.
     *(Target(d, ("federated round",), "fedperfix", "speed", 1 / 1.05, (PASSES,), PASSES) for d in ("cpu", "cuda")),
     # Many clients' own models cost at most 1.3 times one model.

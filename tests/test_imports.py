@@ -32,8 +32,9 @@ def test_kernels_need_only_torch_and_triton(path: Path) -> None:
 @pytest.mark.parametrize("operation", ["attention", "aggregation"])
 def test_implementations_do_not_import_each_other(operation: str) -> None:
     folder = ROOT / "fedperfix_kernels" / operation
-    for name in ("reference", "composed"):
-        others = {f"fedperfix_kernels.{operation}.{other}" for other in ("reference", "composed", "api", "op")}
+    names = ("reference", "composed", "native_launch")
+    for name in names:
+        others = {f"fedperfix_kernels.{operation}.{other}" for other in (*names, "api", "op")}
         others |= {f"fedperfix_kernels.{operation}.triton_{part}" for part in ("kernels", "launch")}
         found = set(imported(folder / f"{name}.py"))
         assert not found & others, f"{name}.py imports {found & others}"

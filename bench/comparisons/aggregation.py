@@ -25,7 +25,8 @@ def aggregation_plans(device: torch.device) -> Iterator[Plan]:
     else:
         means = [(tiny, 8, torch.float32), (small, 8, torch.float32), (tiny, 32, torch.float32)]
         means.append((tiny, 8, torch.bfloat16))
-        rules = [(rule, tiny, 8, torch.float32) for rule in ("median", "clipped mean", "Krum")]
+        rules = [(rule, tiny, 8, torch.float32) for rule in ("median", "clipped mean", "Krum", "int8 mean")]
+        rules += [(rule, tiny, 8, torch.bfloat16) for rule in ("median", "clipped mean")]
     for name, clients, dtype in means:
         for per_layer in (False, True):
             title = _title(f"per {'layer' if per_layer else 'client'}", name, clients, dtype)

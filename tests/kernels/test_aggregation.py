@@ -116,6 +116,40 @@ def test_state_dicts_into_given_tensors_and_transposed_uploads(backend: str, dev
     torch.testing.assert_close(mean["w"], expected)
 
 
+def views(first: int, last: int) -> torch.Tensor:
+    return MEMORY[first:last]
+
+
+MEMORY = torch.zeros(100)
+OVERLAPS = [
+    ([{"a": views(0, 10)}, {"a": views(10, 20)}], {"a": views(10, 20)}, "out['a']"),  # the second client's
+    ([{"a": views(0, 10)}, {"a": views(10, 20)}], {"a": views(19, 29)}, "out['a']"),  # in part
+    (
+        [{"a": views(0, 9), "b": views(10, 19)}],
+        {"a": views(30, 39), "b": views(8, 17)},
+        "out['b']",
+    ),  # another name's
+    ([{"a": views(0, 9), "b": views(10, 19)}], {"a": views(30, 39), "b": views(38, 47)}, "out['b']"),  # two results
+]
+
+
+@pytest.mark.parametrize(("uploads", "out", "argument"), OVERLAPS)
+def test_results_may_not_overlap_uploads_or_each_other(uploads, out, argument: str) -> None:
+    sentence = f"{argument}: got memory of an upload or of another result, takes memory of its own"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        aggregate(uploads, [1] * len(uploads), out=out)
+
+
+def test_rows_may_not_overlap_the_result_either() -> None:
+    """Also where two tensors with storages of their own share memory; apart in one storage is fine."""
+    array = np.zeros(40, dtype=np.float32)
+    uploads, out = torch.from_numpy(array[:20]).view(2, 10), torch.from_numpy(array[19:29])
+    with pytest.raises(ValueError, match="out: got a view of the uploads' memory"):
+        aggregate(uploads, [1, 1], out=out)
+    memory = torch.ones(30)
+    assert aggregate(memory[:20].view(2, 10), [1, 1], out=memory[20:]).tolist() == [1.0] * 10
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
     uploads = torch.randn(9, 5000, device=device)
@@ -143,7 +177,7 @@ def test_the_mean_of_equal_uploads_is_the_upload(clients: int, dtype: torch.dtyp
     assert (error <= upload.double().abs() * (clients * 2**-23 if dtype == torch.float32 else 0)).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     clients = 16
     uploads = torch.randn(clients, 300 * BLOCK, device=device).to(torch.bfloat16)

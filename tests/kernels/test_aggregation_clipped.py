@@ -117,7 +117,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(backend: str, device: tor
     assert abs(torch.corrcoef(torch.stack([noise, others]))[0, 1]) < 0.1
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     uploads = torch.randn(16, 300 * BLOCK if backend == "torch" else 16 * BLOCK, device=device).bfloat16()
     center = torch.zeros_like(uploads[0])

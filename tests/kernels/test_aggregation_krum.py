@@ -101,7 +101,7 @@ def test_rows_of_a_wider_buffer_into_a_given_output(backend: str, device: torch.
     assert torch.equal(out, uploads[chosen[0], 7:107])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     uploads = torch.randn(16, 300 * BLOCK if backend == "torch" else 16 * BLOCK, device=device).bfloat16()
     center = torch.zeros_like(uploads[0])

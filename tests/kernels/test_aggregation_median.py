@@ -109,7 +109,7 @@ def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) 
     assert torch.equal(first, trimmed_mean(uploads, 2, backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     uploads = torch.randn(16, 300 * BLOCK if backend == "torch" else 3 * BLOCK, device=device).to(torch.bfloat16)
     out = torch.empty(uploads.shape[1], dtype=torch.bfloat16, device=device)

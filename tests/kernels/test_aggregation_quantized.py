@@ -127,7 +127,7 @@ def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) 
     assert torch.equal(*means)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_no_temporary_of_the_uploads_size(backend: str, device: torch.device) -> None:
     numel = (600 if backend == "torch" else 40) * BLOCK
     values = torch.ones(16, numel, dtype=torch.int8, device=device)
@@ -149,7 +149,7 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(ops.aggregate_rows, arguments, test_utils=tests)
 
 
-INT8 = torch.zeros(2, 5, dtype=torch.int8)
+INT8, SCALES = torch.zeros(2, 5, dtype=torch.int8), torch.ones(6)
 ERRORS = [
     (Quantized(INT8[0], torch.ones(1)), {}, ValueError, "uploads.values: got shape (5,)"),
     (Quantized(INT8.float(), torch.ones(2, 1)), {}, TypeError, "uploads.values: got torch.float32"),
@@ -157,6 +157,7 @@ ERRORS = [
     (Quantized(INT8, torch.ones(2, 1).double()), {}, ValueError, "uploads.scales: got shape (2, 1), torch.float64"),
     (Quantized(INT8, [1, 1]), {}, TypeError, "uploads.scales: got a list"),
     (Quantized(INT8, torch.ones(2, 1)), {"out": torch.zeros(5).double()}, ValueError, "out: got shape (5,)"),
+    (Quantized(INT8, SCALES[:2, None]), {"out": SCALES[1:6]}, ValueError, "out: got a view of the uploads' scales"),
     (Quantized(INT8, torch.ones(2, 1)), {"weights": [1]}, ValueError, "weights: got shape (1,)"),
 ]  # fmt: skip
 

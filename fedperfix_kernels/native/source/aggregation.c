@@ -1,18 +1,19 @@
 /* Aggregation of K clients' tensors, a piece of them at a time: means, robust means, distances and int8.
 
    A piece's sums lie in the first-level cache and every upload passes by once, a few KiB of a few rows at a time.
-   All arithmetic is in float32. Clients are added in order, and sums over elements go piece by piece into float64, so
-   that the bits depend on nothing but the input and the instruction set. */
+   All arithmetic is in float32. Clients are added in order, and sums over elements go piece by piece into float64: the
+   bits depend on nothing but the input and the instruction set. */
 #include "library.h"
 #include "scratch.h"
 #include "storage.h"
 
-#define GROUP 8            /* rows that are added at a time: a sum is loaded and stored once for so many */
-#define FEW_CLIENTS 16     /* whose values the sorting network keeps in registers */
-#define AHEAD 1024         /* bytes of a row that are asked for ahead of their use */
+#define GROUP 8                /* rows that are added at a time: a sum is loaded and stored once for so many */
+#define FEW_CLIENTS 16         /* whose values the sorting network keeps in registers */
+#define AHEAD 1024             /* bytes of a row that are asked for ahead of their use */
 #define CACHE_LINE 64
-#define SORTED_BYTES 24576 /* of a tile of the sorting network, which stays in the first-level cache */
-#define GRAM_BYTES 262144  /* of a tile of updates, which stays in the second-level cache */
+#define SORTED_BYTES 24576     /* of a tile of the sorting network, which stays in the first-level cache */
+#define GRAM_BYTES 262144      /* of a tile of updates, which stays in the second-level cache */
+#define STREAMED_BYTES 4194304 /* from this size on, a result goes around the caches */
 
 /* A piece of one tensor. */
 struct piece {
@@ -28,7 +29,8 @@ static struct piece piece_of(const struct aggregation *call, int64_t item) {
         else high = middle;
     }
     long first = (item - call->first_piece[low]) * call->piece;
-    return (struct piece){call->rows + low * call->clients, low, first, least(call->piece, call->numel[low] - first)};
+    long count = least(call->piece, call->numel[low] - first);
+    return (struct piece){call->rows + low * call->clients, low, first, count};
 }
 
 INLINE const void *from(enum dtype dtype, const void *row, long first) {
@@ -49,9 +51,41 @@ INLINE float load_one(enum dtype dtype, const void *x, long i) {
     return ((const int8_t *)x)[i];
 }
 
-/* The weighted mean ----------------------------------------------------------------------------------------------- */
+#if defined(__AVX512F__)
+#define STREAM(to, x) _mm512_stream_si512((__m512i *)(to), _mm512_loadu_si512(x))
+#elif defined(__AVX2__)
+#define STREAM(to, x) _mm256_stream_si256((__m256i *)(to), _mm256_loadu_si256((const __m256i *)(x)))
+#elif defined(__SSE2__)
+#define STREAM(to, x) _mm_stream_si128((__m128i *)(to), _mm_loadu_si128((const __m128i *)(x)))
+#endif
 
-/* Asks for what is used of each row after the next AHEAD bytes; the hardware follows only so many rows by itself. */
+/* Copies around the caches: memory then need not be read before it is written. */
+static void stream(char *to, const char *x, long bytes) {
+    long i = 0;
+#ifdef STREAM
+    if ((uintptr_t)to % VECTOR_BYTES == 0) {
+        for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) STREAM(to + i, x + i);
+        _mm_sfence();
+    }
+#endif
+    memcpy(to + i, x + i, (size_t)(bytes - i));
+}
+
+/* A piece's results; `spare` has room for them. Those that would fit a cache are left there. */
+static void write_piece(const struct aggregation *call, const struct piece *piece, const float *x, float *spare) {
+    enum dtype dtype = (enum dtype)call->out_dtype;
+    char *to = (char *)call->out[piece->tensor] + piece->first * size_of(dtype);
+    if (call->numel[piece->tensor] * size_of(dtype) < STREAMED_BYTES) {
+        write_row(dtype, x, piece->count, 1, to);
+        return;
+    }
+    if (dtype != FLOAT32) write_row(dtype, x, piece->count, 1, spare);
+    stream(to, (const char *)(dtype == FLOAT32 ? x : spare), piece->count * size_of(dtype));
+}
+
+/* The weighted mean -------------------------------------------------------------------------------------------- */
+
+/* Asks for what lies AHEAD bytes further in each row; the hardware follows only so many rows by itself. */
 INLINE void prefetch(const enum dtype dtype, const int rows, const void *const *x, long i) {
     UNROLL for (int g = 0; g < rows; g++) __builtin_prefetch((const char *)from(dtype, x[g], i) + AHEAD);
 }
@@ -105,8 +139,8 @@ static void add(enum dtype dtype, int rows, const void *const *x, long first, lo
     }
 }
 
-static void add_shifted(enum dtype dtype, int rows, const void *const *x, long first, long count, const float *weight,
-                        const float *center, float *sum) {
+static void add_shifted(enum dtype dtype, int rows, const void *const *x, long first, long count,
+                        const float *weight, const float *center, float *sum) {
     switch (dtype) {
         FOR_FLOATS(add_rows, dtype, rows, 1, x, first, count, weight, center, sum)
         default: break; /* int8 has no center */
@@ -123,7 +157,8 @@ static long same_weights(const struct aggregation *call, long first, long count)
 }
 
 /* Clients `client` and on: weight = share of the layer · scale of the block. */
-static void weights_of(const struct aggregation *call, long tensor, long block, long client, int rows, float *weight) {
+static void weights_of(const struct aggregation *call, long tensor, long block, long client, int rows,
+                       float *weight) {
     long layer = call->block_layer ? call->block_layer[block] : tensor;
     for (int g = 0; g < rows; g++) {
         float scale = call->scales ? call->scales[(client + g) * call->blocks + block] : 1;
@@ -141,8 +176,8 @@ static int all_finite(const float *x, long count) {
     return sum == 0;
 }
 
-/* Sets the flags of the clients with NaN or Inf in a piece. Called where the sum is not finite: 0 · NaN is NaN, so a
-   finite sum proves every term finite. */
+/* Sets the flags of the clients with NaN or Inf in a piece whose sum is not finite: 0 · NaN is NaN, so a finite sum
+   proves every term finite. */
 static void name_nonfinite(const struct aggregation *call, const struct piece *piece, float *row) {
     for (long k = 0; k < call->clients; k++) {
         long count = piece->count;
@@ -159,7 +194,7 @@ static void name_nonfinite(const struct aggregation *call, const struct piece *p
 }
 
 static int64_t weighted_mean_scratch(const void *given) {
-    return 2 * (((const struct aggregation *)given)->piece * (long)sizeof(float) + 64);
+    return 3 * (((const struct aggregation *)given)->piece * (long)sizeof(float) + 64);
 }
 
 /* out = center + Σ_k weight_k · (x_k − center) + std · noise, center and noise being optional. Item: a piece. */
@@ -167,8 +202,9 @@ static void weighted_mean(const void *given, int64_t item, char *scratch) {
     struct memory memory = {scratch, 0};
     const struct aggregation *call = given;
     struct piece piece = piece_of(call, item);
-    float *sum = take(&memory, call->piece), *center = call->center ? take(&memory, call->piece) : 0;
-    enum dtype dtype = (enum dtype)call->dtype, out_dtype = (enum dtype)call->out_dtype;
+    float *sum = take(&memory, call->piece), *spare = take(&memory, call->piece);
+    float *center = call->center ? take(&memory, call->piece) : 0;
+    enum dtype dtype = (enum dtype)call->dtype;
     memset(sum, 0, piece.count * sizeof(float));
     if (center) read_row(dtype, from(dtype, call->center, piece.first), piece.count, 1, center);
     int rows;
@@ -185,20 +221,16 @@ static void weighted_mean(const void *given, int64_t item, char *scratch) {
                 add(dtype, rows, piece.rows + k, piece.first + start, length, weight, sum + start);
         }
     }
-    if (call->nonfinite && !all_finite(sum, piece.count)) {
-        float *row = take(&memory, call->piece);
-        name_nonfinite(call, &piece, row);
-    }
+    if (call->nonfinite && !all_finite(sum, piece.count)) name_nonfinite(call, &piece, spare);
     for (long i = 0; center && i < piece.count; i++) sum[i] += center[i];
     for (long i = 0; call->noise && i < piece.count; i++) sum[i] += call->std * call->noise[piece.first + i];
-    char *out = (char *)call->out[piece.tensor] + piece.first * size_of(out_dtype);
-    write_row(out_dtype, sum, piece.count, 1, out);
+    write_piece(call, &piece, sum, spare);
 }
 
-/* The trimmed mean ------------------------------------------------------------------------------------------------ */
+/* The trimmed mean --------------------------------------------------------------------------------------------- */
 
-/* Batcher's odd-even merge sort of 16 as `network.py` lists it: it merges sorted runs of 1, 2, 4 and 8. Of fewer rows
-   it is the pairs that do not reach beyond them. */
+/* Batcher's odd-even merge sort of 16 as `network.py` lists it: it merges sorted runs of 1, 2, 4 and 8. For fewer
+   rows the pairs that reach beyond them are left out. */
 #define MERGES_OF_1(C)                                                    \
     C(0, 1) C(2, 3) C(4, 5) C(6, 7) C(8, 9) C(10, 11) C(12, 13) C(14, 15)
 #define MERGES_OF_2(C)                                                                             \
@@ -302,7 +334,7 @@ static void trim_rows(const struct aggregation *call, const void *const *rows, l
 static int64_t trimmed_mean_scratch(const void *given) {
     const struct aggregation *call = given;
     long tile = (call->clients + 1) * sorted_vectors(call) * VECTOR_BYTES;
-    return tile + call->clients * (VECTOR_BYTES + 8) + call->piece * (long)sizeof(float) + 5 * 64;
+    return tile + call->clients * (VECTOR_BYTES + 8) + 2 * call->piece * (long)sizeof(float) + 5 * 64;
 }
 
 /* Item: a piece. What is left beyond whole vectors goes through a copy with zeros behind it. */
@@ -312,7 +344,7 @@ static void trimmed_mean(const void *given, int64_t item, char *scratch) {
     struct piece piece = piece_of(call, item);
     enum dtype dtype = (enum dtype)call->dtype;
     long size = size_of(dtype), width = VECTOR_BYTES / size, whole = piece.count / width * width;
-    float *mean = take(&memory, call->piece);
+    float *mean = take(&memory, call->piece), *spare = take(&memory, call->piece);
     void *tile = take(&memory, (call->clients + 1) * sorted_vectors(call) * LANES);
     trim_rows(call, piece.rows, piece.first, whole, tile, mean);
     if (whole < piece.count) {
@@ -326,10 +358,10 @@ static void trimmed_mean(const void *given, int64_t item, char *scratch) {
         }
         trim_rows(call, rows, 0, width, tile, mean + whole);
     }
-    write_row(dtype, mean, piece.count, 1, (char *)call->out[0] + piece.first * size);
+    write_piece(call, &piece, mean, spare);
 }
 
-/* Norms and inner products of updates ----------------------------------------------------------------------------- */
+/* Norms and inner products of updates -------------------------------------------------------------------------- */
 
 /* norms[g] += Σ (x_g[i] − center[i])², in float32 within a block. */
 INLINE void add_squares(const enum dtype dtype, const int rows, const void *const *x, long first, long count,
@@ -408,10 +440,11 @@ static void read_updates(const struct aggregation *call, const struct piece *pie
     }
 }
 
-/* gram[a, b] += x_a · y_b for `rows` by `others` rows of a tile; of a block on the diagonal, where y is x, only a ≥ b.
+/* gram[a, b] += x_a · y_b for `rows` by `others` rows of a tile; on the diagonal, where y is x, only for a ≥ b.
    Meanwhile memory brings two rows of the next tile, of elements of `bytes`, from `ahead` on. */
 INLINE void add_products(const int rows, const int others, const int diagonal, const float *x, const float *y,
-                         long columns, long count, const char *const *ahead, long bytes, double *gram, long clients) {
+                         long columns, long count, const char *const *ahead, long bytes, double *gram,
+                         long clients) {
     lanes sum[4][4];
     UNROLL for (int a = 0; a < rows; a++)
         UNROLL for (int b = 0; b < others; b++) sum[a][b] = all(0);
@@ -468,13 +501,15 @@ static void gram(const void *given, int64_t item, char *scratch) {
         long count = least(columns, piece.count - start), next = piece.first + start + columns;
         read_row(dtype, from(dtype, call->center, piece.first + start), count, 1, center);
         read_updates(call, &piece, start, count, columns, center, tile);
+        for (long i = 0; i < columns * size_of(dtype); i += CACHE_LINE)
+            __builtin_prefetch((const char *)from(dtype, call->center, next) + i);
         multiply_tile(call, &piece, next, tile, columns, count, products);
     }
     for (long a = 0; a < clients; a++)
         for (long b = a + 1; b < clients; b++) products[a * clients + b] = products[b * clients + a];
 }
 
-/* Int8 ------------------------------------------------------------------------------------------------------------ */
+/* Int8 --------------------------------------------------------------------------------------------------------- */
 
 static int64_t quantize_scratch(const void *given) {
     (void)given;
@@ -494,8 +529,8 @@ static float largest_of(const float *x, long count) {
     return largest + sum_of(difference);
 }
 
-/* values = x / scale, rounded to nearest, ties to even; scale = max|block| / 127, or NaN for a block with NaN or Inf,
-   whose values are 0. Item: a piece. */
+/* values = x / scale, rounded to nearest, ties to even; scale = max|block| / 127. A block with NaN or Inf has zeros
+   and a scale of NaN. Item: a piece. */
 static void quantize(const void *given, int64_t item, char *scratch) {
     struct memory memory = {scratch, 0};
     const struct aggregation *call = given;

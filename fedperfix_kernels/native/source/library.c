@@ -235,6 +235,8 @@ static int run_and_add(const struct kernel *kernel, const struct aggregation *ca
     return status;
 }
 
-EXPORT int fedperfix_squared_norms(const struct aggregation *call) { return run_and_add(&chosen->squared_norms, call); }
+EXPORT int fedperfix_squared_norms(const struct aggregation *call) {
+    return run_and_add(&chosen->squared_norms, call);
+}
 
 EXPORT int fedperfix_gram(const struct aggregation *call) { return run_and_add(&chosen->gram, call); }

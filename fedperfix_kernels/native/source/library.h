@@ -36,7 +36,7 @@ struct attention {
 /* Elements of a block, as `arena.BLOCK`: a layer starts with a block, and int8 uploads have a scale for each. */
 #define BLOCK 1024
 
-/* One call of an aggregation of K clients' tensors, T of them each; all but the weighted mean have one, of P elements.
+/* One call of an aggregation of K clients' tensors, T of each; all but the weighted mean have one, of P elements.
    A tensor is cut into pieces of `piece` elements, whole blocks, whatever the number of threads. */
 struct aggregation {
     const void *const *rows;    /* [T, K]: where each client's tensor lies, contiguous elements of `dtype` */

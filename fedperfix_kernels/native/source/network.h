@@ -40,8 +40,8 @@ INLINE void NETWORK(few)(const enum dtype dtype, const int clients, const void *
 }
 
 /* The same for any K: a tile [K, columns] in the first-level cache, sorted row by row by `pairs`. */
-static void NETWORK(many)(const enum dtype dtype, const struct aggregation *call, const void *const *rows, long first,
-                          long count, KEYS *tile, float *to) {
+static void NETWORK(many)(const enum dtype dtype, const struct aggregation *call, const void *const *rows,
+                          long first, long count, KEYS *tile, float *to) {
     long clients = call->clients, columns = sorted_vectors(call);
     KEYS *nan = tile + clients * columns;
     for (long start = 0; start < count; start += columns * WIDTH) {
@@ -75,8 +75,8 @@ static void NETWORK(many)(const enum dtype dtype, const struct aggregation *call
     case clients: NETWORK(few)(dtype, clients, rows, first, count, call->trim, to); break;
 
 /* `count` coordinates, whole vectors of them. */
-INLINE void NETWORK(trim)(const enum dtype dtype, const struct aggregation *call, const void *const *rows, long first,
-                          long count, void *tile, float *to) {
+INLINE void NETWORK(trim)(const enum dtype dtype, const struct aggregation *call, const void *const *rows,
+                          long first, long count, void *tile, float *to) {
     switch (call->clients) {
         FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) FEW(12) FEW(13) FEW(14)
         FEW(15) FEW(16)
