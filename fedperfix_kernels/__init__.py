@@ -19,6 +19,7 @@ from fedperfix_kernels.nn import (
     apply_prefix,
     prefix_parameters,
     set_backend,
+    set_linear,
 )
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "prefix_parameters",
     "quantize",
     "set_backend",
+    "set_linear",
     "trimmed_mean",
 ]

@@ -2,16 +2,19 @@
 
 from fedperfix_kernels.nn.apply import apply_prefix, prefix_parameters
 from fedperfix_kernels.nn.attention import PrefixAttention, set_backend
+from fedperfix_kernels.nn.linear import ChosenLinear, set_linear
 from fedperfix_kernels.nn.prefixes import INITS, PREFIXES, Prefix
 from fedperfix_kernels.nn.window import PrefixWindowAttention
 
 __all__ = [
     "INITS",
     "PREFIXES",
+    "ChosenLinear",
     "Prefix",
     "PrefixAttention",
     "PrefixWindowAttention",
     "apply_prefix",
     "prefix_parameters",
     "set_backend",
+    "set_linear",
 ]
