@@ -18,6 +18,7 @@ from fedperfix_kernels.nn import (
     PrefixWindowAttention,
     apply_prefix,
     prefix_parameters,
+    set_activations,
     set_backend,
     set_linear,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "prefix_attention",
     "prefix_parameters",
     "quantize",
+    "set_activations",
     "set_backend",
     "set_linear",
     "trimmed_mean",

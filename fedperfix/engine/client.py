@@ -20,7 +20,8 @@ from fedperfix.engine.device import autocast_dtype, linear_implementation
 from fedperfix.engine.state import FederatedState, Server
 from fedperfix.methods import Method
 from fedperfix.randomness import numpy_generator, torch_seed
-from fedperfix_kernels import ParameterArena, set_linear
+from fedperfix_kernels import ParameterArena, set_activations, set_linear
+from fedperfix_kernels.backends import resolve
 
 TEST_BATCH = 256
 # A fresh loss scale for every client: small enough that its first step is rarely skipped.
@@ -75,6 +76,8 @@ class Worker:
         # products of matrices (`fedperfix_kernels` knows that of its own attention).
         slow = device.type == "cpu" and self.dtype is not None
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
+        backend = resolve("auto" if config.fused else "reference", device)
+        set_activations(self.model, "native" if backend == "native" else "torch")
         self.use_linear(linear_implementation(config.linear, device, self.dtype))
         self.noise_seed = config.seed
         self.clients_per_step = 1

@@ -1,5 +1,6 @@
 """Modules: the prefix plugins, the drop-in for timm's Attention, and its application to a whole ViT."""
 
+from fedperfix_kernels.nn.activation import NativeGELU, set_activations
 from fedperfix_kernels.nn.apply import apply_prefix, prefix_parameters
 from fedperfix_kernels.nn.attention import PrefixAttention, set_backend
 from fedperfix_kernels.nn.linear import ChosenLinear, set_linear
@@ -10,11 +11,13 @@ __all__ = [
     "INITS",
     "PREFIXES",
     "ChosenLinear",
+    "NativeGELU",
     "Prefix",
     "PrefixAttention",
     "PrefixWindowAttention",
     "apply_prefix",
     "prefix_parameters",
+    "set_activations",
     "set_backend",
     "set_linear",
 ]

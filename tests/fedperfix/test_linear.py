@@ -11,6 +11,7 @@ from torch import nn
 
 from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.engine.device import linear_implementation
+from fedperfix.engine.group import Group
 from fedperfix.engine.parallel import add_workers
 from fedperfix.models import create_model
 from fedperfix.train import main
@@ -85,6 +86,15 @@ def test_a_run_says_and_records_it(choice: str, tmp_path: Path, capsys: pytest.C
     assert f"linear       {said}\n" in capsys.readouterr().out
     assert json.loads((folder / "environment.json").read_text())[0]["linear"] == choice
     assert f'linear = "{choice}"' in (folder / "config.toml").read_text()
+
+
+@needs_onednn
+def test_process_0_chooses_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that would take F.linear takes what it is told."""
+    monkeypatch.setattr("fedperfix.engine.device.resolve_linear", lambda: "torch")
+    monkeypatch.setattr(Group, "share_text", lambda _, text, source=0: "onednn" if text == "torch" else text)
+    assert main([*SMALL, "--precision=fp32", f"--run-dir={tmp_path / 'run'}"]) == 0
+    assert json.loads((tmp_path / "run/environment.json").read_text())[0]["linear"] == "onednn"
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture) -> None:
