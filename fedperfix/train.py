@@ -98,7 +98,9 @@ def train(config: TrainConfig, console: Console, group: Group = ALONE) -> int:
         worker.clients_per_step = clients_per_step(worker, federation.state)
         worker.shared_batches = shared_batches(worker)
     worker.clients_per_step = int(group.share_text(str(worker.clients_per_step)))
+    linear = group.share_text(worker.linear)  # process 0 chooses: the bits are the same in all
     with group.together():
+        worker.use_linear(linear)
         add_workers(worker, parallel_clients(worker, lambda: _forward_flops(federation)))
     with contextlib.ExitStack() as held:
         return _run(federation, console, held)
@@ -211,7 +213,7 @@ def start(federation: Federation, held: contextlib.ExitStack) -> Run:
     config, where = federation.config, folder.choose_folder(federation.config)
     with folder.created(where, held):
         folder.write_config(where, config)
-        folder.write_environment(where, config, federation.worker.device, 1, federation.group.size)
+        folder.write_environment(where, config, federation.worker, 1, federation.group.size)
         write_partition(where / PARTITION, federation.dataset, federation.partition)
         if federation.dataset.skipped:
             write_text(where / SKIPPED, "\n".join(federation.dataset.skipped) + "\n")
@@ -242,7 +244,7 @@ def resume(federation: Federation, held: contextlib.ExitStack) -> Run:
     remove_parts(where)
     rounds = metrics.keep_rounds(where, finished)
     folder.write_config(where, config)
-    folder.write_environment(where, config, federation.worker.device, finished + 1, federation.group.size)
+    folder.write_environment(where, config, federation.worker, finished + 1, federation.group.size)
     return Run(where, rounds)
 
 
@@ -342,6 +344,7 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
         *_trust(federation),
         ("attention", backend if prefix_parameters(worker.model) else _timm_attention(worker)),
         ("aggregation", backend),
+        *_linear(worker),
         ("evaluation", "in shared batches" if worker.shared_batches else "one client after the other"),
         ("run folder", str(run.folder)),
     ]
@@ -350,6 +353,14 @@ def describe(federation: Federation, run: Run) -> list[tuple[str, str]]:
 def _side_by_side(worker: Worker) -> str:
     """How many clients train at a time, if there are several."""
     return f", {1 + len(worker.beside)} clients at a time" if worker.beside else ""
+
+
+def _linear(worker: Worker) -> list[tuple[str, str]]:
+    """What multiplies in linear layers, where there is a choice: in float32 on a processor."""
+    if worker.device.type != "cpu" or worker.dtype is not None:
+        return []
+    names = {"torch": "F.linear", "onednn": "oneDNN"}
+    return [("linear", names[worker.linear])]
 
 
 def _processes(federation: Federation) -> list[tuple[str, str]]:

@@ -18,7 +18,9 @@ from fedperfix_kernels.nn import (
     PrefixWindowAttention,
     apply_prefix,
     prefix_parameters,
+    set_activations,
     set_backend,
+    set_linear,
 )
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "prefix_attention",
     "prefix_parameters",
     "quantize",
+    "set_activations",
     "set_backend",
+    "set_linear",
     "trimmed_mean",
 ]

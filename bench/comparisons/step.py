@@ -17,7 +17,9 @@ from torch import nn
 from bench.comparison import Comparison, Plan, Results, compiled
 from bench.comparisons.parts import step_parts
 from bench.timing import capture
-from fedperfix_kernels import ParameterArena, apply_prefix
+from fedperfix_kernels import ParameterArena, apply_prefix, set_activations, set_linear
+from fedperfix_kernels.backends import resolve
+from fedperfix_kernels.linear import resolve_linear
 
 _CLASSES = 100
 _VARIANTS = ("eager", "SDPA", "compiled eager", "compiled SDPA", "fedperfix", "compiled fedperfix")
@@ -106,7 +108,7 @@ def _comparison(case: Case, device: torch.device) -> Comparison:
 
     def flat_step(wrap: Callable[[nn.Module], Callable] = _as_it_is) -> Callable[[int], Results]:
         """As the training package does it: one optimizer call over the arena's flat buffer."""
-        network = model("auto", True)
+        network = as_trained(model("auto", True))
         optimizer, zero_gradients = flat_optimizer(network, on_gpu)
         return step_of(network, wrap(network), optimizer, zero_gradients)
 
@@ -138,7 +140,7 @@ def _comparison(case: Case, device: torch.device) -> Comparison:
         "compiled fedperfix": lambda: flat_step(compiled),
         _GRAPH: lambda: _replayed(flat_step(), device),
     }
-    network = model("auto", True)
+    network = as_trained(model("auto", True))
     return Comparison(
         name=str(case),
         variants={name: variants[name]() for name in case.variants},
@@ -161,6 +163,14 @@ def flat_optimizer(network: nn.Module, capturable: bool) -> tuple[torch.optim.Op
     flat = nn.Parameter(arena.flat)
     flat.grad = arena.attach_gradients()
     return torch.optim.AdamW([flat], lr=0.0, fused=True, capturable=capturable), arena.zero_gradients
+
+
+def as_trained(network: nn.Module) -> nn.Module:
+    """`network` with the linear layers and activations that the training package would give it here."""
+    device = next(network.parameters()).device
+    set_linear(network, resolve_linear() if device.type == "cpu" else "torch")
+    set_activations(network, "native" if resolve("auto", device) == "native" else "torch")
+    return network
 
 
 def _as_it_is(network: nn.Module) -> nn.Module:

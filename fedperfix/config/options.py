@@ -97,6 +97,12 @@ def _kernel_choices(name: str) -> Callable[[], tuple[str, ...]]:
     return choices
 
 
+def _linear_choices() -> tuple[str, ...]:
+    from fedperfix_kernels.linear import CHOICES
+
+    return CHOICES
+
+
 def _option(
     default: Any,
     group: str,
@@ -334,6 +340,13 @@ class TrainConfig:
         choices=lambda: PRECISIONS,
     )
     fused: bool = _option(True, "Training", "fused attention and aggregation, or the plain reference")
+    linear: str = _option(
+        "auto",
+        "Training",
+        "what multiplies float32 in linear layers on a processor: PyTorch's F.linear or its oneDNN; auto is oneDNN "
+        "on AMD from Zen 5 on",
+        choices=_linear_choices,
+    )
     compile: bool = _option(
         False,
         "Training",

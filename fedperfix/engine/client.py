@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedperfix.config import TrainConfig
+from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.data import FederatedData, Preprocess
-from fedperfix.engine.device import autocast_dtype
+from fedperfix.engine.device import autocast_dtype, linear_implementation
 from fedperfix.engine.state import FederatedState, Server
 from fedperfix.methods import Method
 from fedperfix.randomness import numpy_generator, torch_seed
-from fedperfix_kernels import ParameterArena
+from fedperfix_kernels import ParameterArena, set_activations, set_linear
+from fedperfix_kernels.backends import resolve
 
 TEST_BATCH = 256
 # A fresh loss scale for every client: small enough that its first step is rarely skipped.
@@ -45,6 +46,7 @@ class Worker:
         beside: workers on which other clients take their turns at the same time; `engine.parallel` chooses.
         noise_seed: of the noise of `--dp local`; a client's machine of its own has a secret one.
         eager_in_training: timm's attention layers that are fused in tests only.
+        linear: what multiplies in linear layers, `torch` or `onednn`; `use_linear` changes it.
         poll: called before every batch; what it raises ends the turn.
     """
 
@@ -74,11 +76,26 @@ class Worker:
         # products of matrices (`fedperfix_kernels` knows that of its own attention).
         slow = device.type == "cpu" and self.dtype is not None
         self.eager_in_training = [x for x in self.model.modules() if slow and getattr(x, "fused_attn", False)]
+        backend = resolve("auto" if config.fused else "reference", device)
+        set_activations(self.model, "native" if backend == "native" else "torch")
+        self.use_linear(linear_implementation(config.linear, device, self.dtype))
         self.noise_seed = config.seed
         self.clients_per_step = 1
         self.shared_batches = False
         self.beside: tuple[Worker, ...] = ()
         self.poll: Callable[[], None] = lambda: None
+
+    def use_linear(self, implementation: str) -> None:
+        """Let `torch` or `onednn` multiply in linear layers, as another process has chosen for all.
+
+        Raises:
+            ConfigError: this process does not have it.
+        """
+        try:
+            set_linear(self.model, implementation)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
+        self.linear = implementation
 
     def load(self, index: int, state: FederatedState, round: int) -> Client:
         """Begin the turn of client `index` in `round`: the global parameters and its own go into the arena."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedperfix.config import ConfigError
+from fedperfix_kernels.linear import onednn_obstacle, resolve_linear
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,6 +50,29 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         }.get(device.type, lambda: False)
         precision = "bf16" if native() else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def linear_implementation(wanted: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """What multiplies in linear layers, `torch` or `onednn`, as `--linear` says.
+
+    Args:
+        wanted: `torch`, `onednn`, or `auto`: what is faster on this processor, by its kind.
+        device: where the model is.
+        dtype: of autocast; None for float32.
+
+    Raises:
+        ConfigError: `onednn` where it is of no use, or where PyTorch lacks it.
+    """
+    why = onednn_obstacle()
+    if device.type != "cpu":
+        why = f"the device is {device}, and oneDNN is for processors"
+    elif dtype is not None:
+        why = f"the precision is {str(dtype).removeprefix('torch.')}, in which PyTorch takes oneDNN anyway"
+    if wanted == "auto":
+        return "torch" if why else resolve_linear()
+    if wanted == "onednn" and why:
+        raise ConfigError(f"--linear: got onednn, but {why}; use --linear auto")
+    return wanted
 
 
 def cpu_computes_in_bf16() -> bool:

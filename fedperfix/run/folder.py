@@ -16,12 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fedperfix
 import fedperfix_kernels
 from fedperfix import __version__
 from fedperfix.config import ConfigError, TrainConfig, to_toml
+from fedperfix.engine.client import Worker
 from fedperfix.engine.device import device_name
 from fedperfix.methods import method_label
 from fedperfix.run.files import write_text
@@ -94,19 +93,20 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def write_environment(
-    folder: Path, config: TrainConfig, device: torch.device, first_round: int, processes: int = 1
+    folder: Path, config: TrainConfig, worker: Worker, first_round: int, processes: int = 1
 ) -> None:
     """Record what computes the rounds from `first_round` on: an entry for the start and for every resumption."""
     path = folder / ENVIRONMENT
     entries = read_environment(folder) if path.exists() else []
-    backend = explain("auto" if config.fused else "reference", device)
+    backend = explain("auto" if config.fused else "reference", worker.device)
     entries.append(
         {
             "first_round": first_round,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": device_name(device),
+            "device": device_name(worker.device),
             "processes": processes,
             "backend": backend,
+            "linear": worker.linear,
             "platform": platform.platform(),
             "processors": os.cpu_count(),
             "python": platform.python_version(),

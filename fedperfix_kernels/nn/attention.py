@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedperfix_kernels.attention import MODES, packed_prefix_attention, prefix_attention
 from fedperfix_kernels.backends import BACKENDS, resolve
 from fedperfix_kernels.checks import check_choice, check_tensor, describe, message
+from fedperfix_kernels.nn.linear import ChosenLinear, is_plain_linear
 from fedperfix_kernels.nn.prefixes import AdapterPrefix, check_size, make_prefix
 
 
@@ -203,8 +204,7 @@ class PrefixAttention(nn.Module):
         """Whether `additive` can be one product: the layers are plain, and nobody asked for the reference."""
         if self.mode != "additive" or not isinstance(self.prefix, AdapterPrefix):
             return False
-        layers = (self.qkv, self.prefix.up)
-        plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+        plain = is_plain_linear(self.qkv) and is_plain_linear(self.prefix.up)
         return plain and isinstance(self.k_norm, nn.Identity) and resolve(self.backend, x.device) != "reference"
 
     def _additive(self, x: Tensor, masks: dict[str, Tensor]) -> Tensor:
@@ -218,8 +218,9 @@ class PrefixAttention(nn.Module):
         gate = self.prefix.gate.repeat_interleave(self.head_dim).repeat(2)  # [2·H·D]
         kv_bias = gate * up.bias if bias is None else bias[self.attn_dim :] + gate * up.bias
         kv_weight = torch.cat([weight[self.attn_dim :], gate[:, None] * up.weight], dim=1)  # [2·H·D, C + R]
-        kv = F.linear(torch.cat([x.to(hidden.dtype), hidden], dim=-1), kv_weight, kv_bias)
-        q = F.linear(x, weight[: self.attn_dim], None if bias is None else bias[: self.attn_dim])
+        product = self.qkv.product if isinstance(self.qkv, ChosenLinear) else F.linear
+        kv = product(torch.cat([x.to(hidden.dtype), hidden], dim=-1), kv_weight, kv_bias)
+        q = product(x, weight[: self.attn_dim], None if bias is None else bias[: self.attn_dim])
         q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).to(kv.dtype)
         k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         none = q.new_empty(q.shape[0], 0, *q.shape[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,12 @@ class AdapterPrefix(Prefix):
         heads, head_dim, gate, learn_gate: as in `Prefix`.
         bottleneck: R, the inner width.
         init: `zero` starts the last layer at zero, `default` as nn.Linear does.
+
+    Attributes:
+        activation: computes tanh; `set_activations` changes it.
     """
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(torch.tanh)
 
     def __init__(
         self, dim: int, heads: int, head_dim: int, bottleneck: int, gate: float, learn_gate: bool, init: str
@@ -87,7 +93,7 @@ class AdapterPrefix(Prefix):
 
     def hidden(self, x: Tensor) -> Tensor:
         """h = tanh(down(x)): [B, N, R] from x [B, N, C]."""
-        return torch.tanh(self.down(x))
+        return self.activation(self.down(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, 2, H, D] from x [B, N, C]."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedperfix.config import ConfigError, TrainConfig, words
 from fedperfix.models.plugins.layers import attention_layers, check_attention, first_blocks
+from fedperfix_kernels.nn import ChosenLinear
 
 # The matrices of an attention layer that may have an update: those stacked in `qkv`, then that of `proj`.
 PROJECTIONS = ("q", "k", "v", "o")
@@ -44,7 +44,7 @@ class LowRank(nn.Module):
         return torch.cat([updates.get(index, torch.zeros_like(update[0])) for index in range(self.stacked)])
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(ChosenLinear):
     """A Linear with W + ΔW in the place of W; it holds the parameters of the layer that it replaces.
 
     Args:
@@ -59,7 +59,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x·(W + ΔW)ᵀ + b: [..., C_out · stacked] from x [..., C_in]."""
-        return F.linear(x, self.weight + self.lora(), self.bias)
+        return self.product(x, self.weight + self.lora(), self.bias)
 
 
 def lora_projections(config: TrainConfig) -> tuple[str, ...]:

@@ -190,19 +190,17 @@ static int run_all(const struct kernel *kernel, const void *call, int64_t items)
 
 /* Attention ------------------------------------------------------------------------------------------------------- */
 
-static const struct instruction_set *set_of(const struct attention *call) {
-    return call->dtype == 3 ? &kernels_float64 : chosen;
-}
+static const struct instruction_set *set_of(int32_t dtype) { return dtype == 3 ? &kernels_float64 : chosen; }
 
 EXPORT int fedperfix_attention_forward(struct attention *call) {
     int64_t items = call->batch * call->heads;
     /* Few heads are divided further, into ranges of queries, each of which reads the keys anew. */
     call->parts = items >= 2 * fedperfix_threads() ? 1 : 4;
-    return run_all(&set_of(call)->attention_forward, call, items * call->parts);
+    return run_all(&set_of(call->dtype)->attention_forward, call, items * call->parts);
 }
 
 EXPORT int fedperfix_attention_backward(struct attention *call) {
-    const struct instruction_set *set = set_of(call);
+    const struct instruction_set *set = set_of(call->dtype);
     int status = run_all(&set->attention_backward, call, call->chunks * call->heads);
     if (status == DONE && call->dprefix) status = run_all(&set->attention_prefix, call, call->rows);
     if (status == DONE && call->dbias) {
@@ -240,3 +238,13 @@ EXPORT int fedperfix_squared_norms(const struct aggregation *call) {
 }
 
 EXPORT int fedperfix_gram(const struct aggregation *call) { return run_and_add(&chosen->gram, call); }
+
+/* Activations ----------------------------------------------------------------------------------------------------- */
+
+#define ACTIVATION(name)                                                                    \
+    EXPORT int fedperfix_##name(struct elementwise *call) {                                 \
+        return run_all(&set_of(call->dtype)->name, call, (call->count + PART - 1) / PART);  \
+    }
+ACTIVATION(gelu_forward)
+ACTIVATION(gelu_backward)
+ACTIVATION(tanh_forward)

@@ -59,6 +59,17 @@ struct aggregation {
     int32_t dtype, out_dtype;
 };
 
+/* Elements of an activation that one thread takes at a time. */
+#define PART 16384
+
+/* One call of an activation, on tensors without gaps. */
+struct elementwise {
+    const void *x, *dout; /* [count] of `dtype`; dout of gradients, else NULL */
+    void *out;            /* [count] */
+    int64_t count;
+    int32_t dtype;
+};
+
 /* A kernel does item `item` of a call, in scratch memory of as many bytes as `scratch` says. */
 struct kernel {
     void (*run)(const void *call, int64_t item, char *scratch);
@@ -69,6 +80,7 @@ struct instruction_set {
     const char *name;
     int32_t vector_bytes;
     struct kernel attention_forward, attention_backward, attention_prefix, attention_bias;
+    struct kernel gelu_forward, gelu_backward, tanh_forward;
     int64_t (*attention_bias_blocks)(const void *call); /* items of attention_bias for each head of a group */
     struct kernel weighted_mean, trimmed_mean, squared_norms, gram, quantize;
 };

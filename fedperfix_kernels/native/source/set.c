@@ -3,6 +3,7 @@
 #ifndef FLOAT64
 #include "aggregation.c"
 #endif
+#include "elementwise.c"
 
 #define JOINED(x, y) x##_##y
 #define NAME(x, y) JOINED(x, y)
@@ -22,6 +23,9 @@ const struct instruction_set NAME(kernels, SET) = {
     KERNEL(attention_backward),
     KERNEL(attention_prefix),
     KERNEL(attention_bias),
+    KERNEL(gelu_forward),
+    KERNEL(gelu_backward),
+    KERNEL(tanh_forward),
     attention_bias_blocks,
     FLOAT32_KERNEL(weighted_mean),
     FLOAT32_KERNEL(trimmed_mean),
