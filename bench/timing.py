@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.comparison import Comparison
+from fedperfix.engine.device import cpu_computes_in_bf16
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,19 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large square matrix product through the fastest of PyTorch's libraries."""
+    """Operations per second of a large square matrix product through the fastest of PyTorch's libraries.
+
+    A processor that does not compute in bfloat16 multiplies it as float32.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_computes_in_bf16():
+        dtype = torch.float32
     size = 8192 if device.type == "cuda" else 1536
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     seconds = [_best(lambda: a @ b, device)]
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN, where MKL may be slower
+    # Products in float32 go to MKL, which oneDNN may outdo; those in bfloat16 go to oneDNN anyway.
+    onednn = device.type == "cpu" and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if onednn:
         seconds.append(_best(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), device))
     return 2 * size**3 / min(seconds)
 

@@ -118,9 +118,9 @@ static long pitch_of(const struct attention *call) {
     return (lines | 1) * line;
 }
 
-/* Most queries in a block: six vectors, or three where the scores of six would not stay in the cache. */
+/* Most queries in a block: nine vectors, or three where the scores of nine would not stay in the cache. */
 static long most_queries(const struct attention *call) {
-    long grain = grain_of(call), most = rounded_up(6 * LANES, grain), fewer = rounded_up(3 * LANES, grain);
+    long grain = grain_of(call), most = rounded_up(9 * LANES, grain), fewer = rounded_up(3 * LANES, grain);
     return most_keys(call) * most * 2 * (long)sizeof(real) <= BLOCK_BYTES ? most : fewer;
 }
 
@@ -235,7 +235,7 @@ static void read_token(const struct item *item, const void *tensor, const int64_
                        real factor, real *to) {
     long head_dim = item->call->head_dim, size = size_of(item->dtype);
     const char *from = (const char *)tensor + (first * strides[0] + token * strides[1] + item->head * strides[2]) * size;
-    for (long byte = 0; byte < head_dim * size; byte += 64) __builtin_prefetch(from + 20 * strides[1] * size + byte);
+    for (long byte = 0; byte < head_dim * size; byte += 64) __builtin_prefetch(from + 10 * strides[1] * size + byte);
     read_row(item->dtype, from, head_dim, factor, to);
     for (long d = head_dim; d < item->width; d++) to[d] = 0;
 }

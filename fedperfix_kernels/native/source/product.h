@@ -47,11 +47,13 @@ INLINE void PRODUCT(tile)(const int rows, const int vectors, long depth, const E
     static __attribute__((noinline)) void PRODUCT(column##v)(                                                      \
         long rows, long depth, const ELEMENT *a, long a_row, long a_step, const ELEMENT *b, long b_step, real *c,  \
         long c_row, const real *scale, int add) {                                                                  \
-        for (; rows > 0; rows -= most) {                                                                           \
-            switch (rows < most ? rows : most) { CASES(v) }                                                        \
-            a += most * a_row;                                                                                     \
-            c += most * c_row;                                                                                     \
-            scale = scale ? scale + most : 0;                                                                      \
+        for (long tiles = (rows + most - 1) / most; tiles > 0; tiles--) { /* of nearly equal height */             \
+            long height = (rows + tiles - 1) / tiles;                                                              \
+            switch (height) { CASES(v) }                                                                           \
+            rows -= height;                                                                                        \
+            a += height * a_row;                                                                                   \
+            c += height * c_row;                                                                                   \
+            scale = scale ? scale + height : 0;                                                                    \
         }                                                                                                          \
     }
 
