@@ -23,6 +23,7 @@ from fedperfix.models import PRESETS
 from fedperfix.run import checkpoint, metrics
 from fedperfix.run.lock import locked
 from fedperfix.train import main
+from fedperfix_kernels import explain
 from tests.fedperfix import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def test_a_run_leaves_its_files_and_says_where(method: str, capsys: pytest.Captu
     output = capsys.readouterr().out
     assert f"run folder   {folder}" in output
     assert METHODS[method].summary in output
-    assert "aggregation  torch (" in output
+    assert f"aggregation  {explain(None, torch.device('cpu'))}" in output
     assert (
         "attention    torch (" if method in ("fedperfix", "prefix-r", "prefix-z") else "attention    timm's, with"
     ) in output

@@ -156,11 +156,20 @@ static void pair_rows(const real *from, long from_row, long rows, long count, lo
         }
 }
 
+/* LANES numbers as bfloat16. The products take subnormal numbers for zero, as this instruction does. */
+INLINE void narrow(uint16_t *to, lanes x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    store_bfloat16(to, x);
+#endif
+}
+
 /* to[r, c/2] = (from[r, c], from[r, c+1]): neighbouring columns in one lane, as bfloat16 lies in memory. */
 static void pair_columns(const real *from, long from_row, long rows, long columns, pair *to, long to_row) {
     for (long r = 0; r < rows; r++) {
         uint16_t *half = (uint16_t *)(to + r * to_row);
-        for (long c = 0; c < columns; c += LANES) store_bfloat16(half + c, load(from + r * from_row + c));
+        for (long c = 0; c < columns; c += LANES) narrow(half + c, load(from + r * from_row + c));
     }
 }
 

@@ -92,9 +92,7 @@ INLINE mask rounded_bfloat16(lanes x) {
 }
 
 INLINE void store_bfloat16(uint16_t *to, lanes x) {
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__) /* AVX-512 BF16 has an instruction for it, which makes zeros of subnormal numbers */
     __m512i word = _mm512_srli_epi32((__m512i)rounded_bfloat16(x), 16);
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(word));
 #elif defined(__AVX2__)
