@@ -64,6 +64,10 @@ class Case:
         sizes = {"image_size": self.image_size, "batch": self.batch, "bottleneck": self.bottleneck}
         return {"model": self.model, **sizes, "dtype": str(self.dtype), **self.changes}
 
+    def linear(self, device: torch.device) -> str:
+        """Which library of PyTorch's computes the linear layers of the training package's own steps."""
+        return resolve_linear() if device.type == "cpu" and self.dtype == torch.float32 else "torch"
+
 
 _TINY, _SMALL = "vit_tiny_patch16_224", "vit_small_patch16_224"
 _MINI = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
@@ -154,7 +158,7 @@ def _comparison(case: Case, device: torch.device) -> Comparison:
         unit="images",
         dtype=case.dtype,
         capturable=False,
-        settings=case.settings(),
+        settings=case.settings() | {"linear": case.linear(device)},
         parts={}
         if too_slow
         else step_parts(network, images, partial(case.autocast, device), *flat_optimizer(network, on_gpu)),

@@ -17,19 +17,17 @@ def build(folder: Path, flags: str = "", sets: str = "avx2") -> Path:
     """The library, compiled into `folder` with more flags and for these instruction sets."""
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("needs a C compiler")
-    variables = os.environ | {"FEDPERFIX_CFLAGS": flags, "FEDPERFIX_SETS": sets}
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(folder),
-        "--build-temp",
-        str(folder),
-    ]
-    subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True)
+    done = setup(folder, FEDPERFIX_CFLAGS=flags, FEDPERFIX_SETS=sets)
+    assert done.returncode == 0, done.stderr
     return folder / "fedperfix_kernels/native/_library.so"
+
+
+def setup(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the build into `folder` with more variables of the environment."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False
+    )
 
 
 def run(script: str, library: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -250,6 +250,13 @@ def test_products_of_pairs_and_tiles_emulated(flags: str, tmp_path: Path) -> Non
     assert result.stdout.endswith("right\n"), result.stdout + result.stderr[-3000:]
 
 
+def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
+    found = native_builds.setup(tmp_path, CC="/no/compiler/here")
+    assert found.returncode == 0, found.stderr
+    assert "_library" in found.stderr  # setuptools warns which extension was not built
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @pytest.mark.slow
 def test_instruction_sets_can_be_left_out_of_a_build(tmp_path: Path) -> None:
     built = native_builds.build(tmp_path, sets="portable")
