@@ -141,4 +141,7 @@ def test_every_step_with_a_target_has_it() -> None:
         return {verdict["threshold"] for verdict in evaluate(entry, device)}
 
     assert [thresholds(case, "cuda") for case in step.GPU_CASES] == [{1.6, 1.15, 0.6}] * 2
-    assert [thresholds(case, "cpu") for case in step.CPU_CASES] == [set(), {1.3}, {1.3}]
+    assert [thresholds(case, "cpu") for case in step.CPU_CASES] == [{1.25}, {1.15, 1.25, 1.5}, {1.15, 1.25, 1.5}]
+    by_onednn = {"name": str(step.CPU_CASES[1]), "variants": {}}
+    by_onednn["settings"] = step.CPU_CASES[1].settings() | {"linear": "onednn"}
+    assert {verdict["threshold"] for verdict in evaluate(by_onednn, "cpu")} >= {2.0, 1.7}
