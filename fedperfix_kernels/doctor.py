@@ -35,7 +35,7 @@ def report() -> Iterator[tuple[str, str]]:
 def _native() -> Iterator[tuple[str, str]]:
     if native.obstacle():
         yield "native kernels", f"none: {native.obstacle()}"
-        yield "", "on a CPU attention and aggregation then run as PyTorch's own operations, about half as fast"
+        yield "", "on a CPU attention and aggregation then run as PyTorch's own operations"
         return
     yield "native kernels", str(library.path())
     yield "instruction sets", ", ".join(f"{name} ({state})" for name, state in native.instruction_sets().items())
