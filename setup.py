@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path("fedperfix_kernels/native/source")
 FLAGS = [
     "-std=gnu11",
-    "-O3",
+    "-O2",
+    "-g0",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
@@ -46,34 +48,38 @@ class BuildLibrary(build_ext):
         """Raises distutils' CompileError where there is no compiler: the extension is optional."""
         extra = os.environ.get("FEDPERFIX_CFLAGS", "").split()
         wanted = os.environ.get("FEDPERFIX_SETS", " ".join(SETS)).split()
-        objects, built = [], []
-        for name, flags in SETS.items():
-            if name not in wanted and name != "float64":
-                continue
-            if flags and not self._knows(flags):
-                print(
-                    f"fedperfix: the compiler does not know {' '.join(flags)}: without the set {name}",
-                    file=sys.stderr,
-                )
-                continue
-            objects += self._compile("set.c", name, (f"-DSET={name}", *flags, *extra))
-            built += [name] if name != "float64" else []
-        sets = f"-DBUILT(each)={' '.join(f'each({name})' for name in built)}"
-        objects += self._compile("library.c", "library", (sets, *extra))
+        sets = [name for name in SETS if name == "float64" or (name in wanted and self._knows(name))]
+        built = " ".join(f"each({name})" for name in sets if name != "float64")
+        compilations = [("set.c", name, (f"-DSET={name}", *SETS[name], *extra)) for name in sets]
+        compilations += [("library.c", "library", (f"-DBUILT(each)={built}", *extra))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda compilation: self._compile(*compilation), compilations))
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(extension.name), libraries=["m"], extra_postargs=extra
         )
 
-    def _compile(self, source: str, name: str, flags: tuple[str, ...]) -> list[str]:
+    def _compile(self, source: str, name: str, flags: tuple[str, ...]) -> str:
         folder = Path(self.build_temp) / name
-        return self.compiler.compile([str(SOURCE / source)], str(folder), extra_postargs=[*FLAGS, *flags])
+        folder.mkdir(parents=True, exist_ok=True)
+        (made,) = self.compiler.compile([str(SOURCE / source)], str(folder), extra_postargs=[*FLAGS, *flags])
+        return made
 
-    def _knows(self, flags: tuple[str, ...]) -> bool:
+    def _knows(self, name: str) -> bool:
+        """Whether the compiler has a set's flags; says so where it does not."""
         with tempfile.TemporaryDirectory() as folder:
             empty = Path(folder, "empty.c")
             empty.write_text("int empty;\n")
-            command = [*self.compiler.compiler_so, *flags, "-c", str(empty), "-o", str(empty.with_suffix(".o"))]
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+            command = [*self.compiler.compiler_so, *SETS[name], "-c", str(empty), "-o", f"{empty}.o"]
+            try:
+                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                    return True
+            except OSError:  # no compiler: compiling will say so
+                return True
+        print(
+            f"fedperfix: the compiler does not know {' '.join(SETS[name])}: without the set {name}",
+            file=sys.stderr,
+        )
+        return False
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -37,20 +37,6 @@ INLINE const void *from(enum dtype dtype, const void *row, long first) {
     return (const char *)row + first * size_of(dtype);
 }
 
-INLINE lanes load_lanes(enum dtype dtype, const void *x, long i) {
-    if (dtype == FLOAT32) return load((const float *)x + i);
-    if (dtype == BFLOAT16) return load_bfloat16((const uint16_t *)x + i);
-    if (dtype == FLOAT16) return load_float16((const uint16_t *)x + i);
-    return load_int8((const int8_t *)x + i);
-}
-
-INLINE float load_one(enum dtype dtype, const void *x, long i) {
-    if (dtype == FLOAT32) return ((const float *)x)[i];
-    if (dtype == BFLOAT16) return from_bfloat16(((const uint16_t *)x)[i]);
-    if (dtype == FLOAT16) return from_float16(((const uint16_t *)x)[i]);
-    return ((const int8_t *)x)[i];
-}
-
 #if defined(__AVX512F__)
 #define STREAM(to, x) _mm512_stream_si512((__m512i *)(to), _mm512_loadu_si512(x))
 #elif defined(__AVX2__)
@@ -100,7 +86,7 @@ INLINE void add_rows(const enum dtype dtype, const int rows, const int shifted, 
         if (i % line == 0) prefetch(dtype, rows, x, first + i);
         lanes total = load(sum + i), shift = shifted ? load(center + i) : all(0);
         UNROLL for (int g = 0; g < rows; g++) {
-            lanes value = load_lanes(dtype, x[g], first + i);
+            lanes value = load_as(dtype, x[g], first + i);
             total += factor[g] * (shifted ? value - shift : value);
         }
         store(sum + i, total);
@@ -269,6 +255,7 @@ INLINE void whole_add(enum dtype dtype, mask x, mask nan, lanes *sum) {
 #define NETWORK(name) whole_##name
 #define KEYS mask
 #define WIDTH LANES_NUMBER
+#define HIGHEST ((mask)all(INFINITY))
 #include "network.h"
 
 /* bfloat16 and float16: their bits as a signed integer, with the order of negative numbers turned round. */
@@ -315,20 +302,20 @@ INLINE void half_add(enum dtype dtype, halves x, halves nan, lanes *sum) {
     halves value = half_key(x) | nan; /* a key's key is the number */
     uint16_t number[2 * LANES_NUMBER];
     memcpy(number, &value, sizeof(value));
-    sum[0] += load_lanes(dtype, number, 0);
-    sum[1] += load_lanes(dtype, number, LANES);
+    sum[0] += dtype == BFLOAT16 ? load_bfloat16(number) : load_float16(number);
+    sum[1] += dtype == BFLOAT16 ? load_bfloat16(number + LANES) : load_float16(number + LANES);
 }
 
 #define NETWORK(name) half_##name
 #define KEYS halves
 #define WIDTH (2 * LANES_NUMBER)
+#define HIGHEST ((halves){0} + (int16_t)0x7fff)
 #include "network.h"
 
 static void trim_rows(const struct aggregation *call, const void *const *rows, long first, long count, void *tile,
                       float *to) {
-    if (call->dtype == FLOAT32) whole_trim(FLOAT32, call, rows, first, count, tile, to);
-    else if (call->dtype == BFLOAT16) half_trim(BFLOAT16, call, rows, first, count, tile, to);
-    else half_trim(FLOAT16, call, rows, first, count, tile, to);
+    if (call->dtype == FLOAT32) whole_trim(call, rows, first, count, tile, to);
+    else half_trim(call, rows, first, count, tile, to);
 }
 
 static int64_t trimmed_mean_scratch(const void *given) {
@@ -372,7 +359,7 @@ INLINE void add_squares(const enum dtype dtype, const int rows, const void *cons
     for (const long line = CACHE_LINE / size_of(dtype); i + LANES <= count; i += LANES) {
         if (i % line == 0) prefetch(dtype, rows, x, first + i);
         UNROLL for (int g = 0; g < rows; g++) {
-            lanes update = load_lanes(dtype, x[g], first + i) - load(center + i);
+            lanes update = load_as(dtype, x[g], first + i) - load(center + i);
             sum[g] += update * update;
         }
     }
@@ -425,7 +412,7 @@ static int64_t gram_scratch(const void *given) {
 /* to[i] = x[i] − center[i], zeros up to whole vectors */
 INLINE void read_update(const enum dtype dtype, const void *x, const float *center, long count, float *to) {
     long i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, load_lanes(dtype, x, i) - load(center + i));
+    for (; i + LANES <= count; i += LANES) store(to + i, load_as(dtype, x, i) - load(center + i));
     for (long j = i; j < rounded_up(count, LANES); j++) to[j] = j < count ? load_one(dtype, x, j) - center[j] : 0;
 }
 

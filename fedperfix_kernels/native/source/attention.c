@@ -71,10 +71,9 @@ struct workspace {
     real *queries, *douts;       /* [M, pitch] */
     real *query_columns;         /* [width, M] */
     real *dout_columns;          /* [width, M] */
-    real *result;                /* [M, pitch]: O or dQ */
+    real *result;                /* [M, pitch]: O or dQ; rows on their way before and after */
     real *result_columns;        /* [width, M]: the same, of pairs */
     real *lse, *inverse;         /* [M] */
-    real *token;                 /* [width] */
     real *dprefix;               /* [L, 2, width] */
     real *bias_columns, *dbias;  /* [N, M] */
 #ifdef PAIRS
@@ -162,7 +161,6 @@ static int64_t lay_out(const struct attention *call, int backward, char *start, 
     w->result = take(&memory, block * pitch);
     w->lse = take(&memory, block);
     w->inverse = take(&memory, block);
-    w->token = take(&memory, width);
     w->bias_columns = take(&memory, bias);
     if (backward) {
         w->dk = take(&memory, keys * pitch);
@@ -229,32 +227,39 @@ static struct block block_of(const struct attention *call, long index) {
 
 /* Reading and writing tensors --------------------------------------------------------------------------------------- */
 
-/* to [width] = factor · one token's row of this head, padded with zeros. The rows of a tensor are far apart, and no
-   processor foresees the next one. */
-static void read_token(const struct item *item, const void *tensor, const int64_t *strides, long first, long token,
-                       real factor, real *to) {
-    long head_dim = item->call->head_dim, size = size_of(item->dtype);
-    const char *from = (const char *)tensor + (first * strides[0] + token * strides[1] + item->head * strides[2]) * size;
-    for (long byte = 0; byte < head_dim * size; byte += 64) __builtin_prefetch(from + 10 * strides[1] * size + byte);
-    read_row(item->dtype, from, head_dim, factor, to);
-    for (long d = head_dim; d < item->width; d++) to[d] = 0;
+/* to [count, pitch] = factor · rows of this head from `token` on, padded with zeros. */
+static void read_tokens(const struct item *item, const void *tensor, const int64_t *strides, long first, long token,
+                        long count, real factor, real *to) {
+    long size = size_of(item->dtype), offset = first * strides[0] + token * strides[1] + item->head * strides[2];
+    read_rows(item->dtype, (const char *)tensor + offset * size, strides[1] * size, count, item->call->head_dim, factor,
+              to, item->pitch, item->width);
+}
+
+/* How many tokens from `token` on, at most `most`, are all visible or all hidden. */
+static long same_visibility(const struct attention *call, long image, long token, long most) {
+    long count = 1, limit = least(most, call->tokens - token);
+    if (!call->key_mask) return limit;
+    while (count < limit && visible(call, image, token + count) == visible(call, image, token)) count++;
+    return count;
 }
 
 /* Keys or values of all W rows: [W, pitch], those of the prefix times `factor`. */
 static void read_keys(const struct item *item, const void *base, const int64_t *strides, const void *prefix,
-                      const int64_t *prefix_strides, real factor, real *to, real *token) {
+                      const int64_t *prefix_strides, real factor, real *to, real *spare) {
     const struct attention *call = item->call;
-    for (long n = 0; n < call->tokens; n++) {
+    long most = call->mode == ADDITIVE ? most_queries(call) : call->tokens; /* `spare` has so many rows */
+    for (long n = 0, count; n < call->tokens; n += count) {
+        count = same_visibility(call, item->image, n, most);
         if (!visible(call, item->image, n)) continue;
-        read_token(item, base, strides, item->image, n, 1, to);
+        read_tokens(item, base, strides, item->image, n, count, 1, to);
         if (call->mode == ADDITIVE) {
-            read_token(item, prefix, prefix_strides, item->row, n, factor, token);
-            for (long d = 0; d < item->width; d += LANES) store(to + d, load(to + d) + load(token + d));
+            read_tokens(item, prefix, prefix_strides, item->row, n, count, factor, spare);
+            for (long i = 0; i < count * item->pitch; i += LANES) store(to + i, load(to + i) + load(spare + i));
         }
-        to += item->pitch;
+        to += count * item->pitch;
     }
-    for (long l = 0; call->mode != ADDITIVE && l < call->prefix_len; l++, to += item->pitch)
-        read_token(item, prefix, prefix_strides, item->row, l, factor, to);
+    if (call->mode != ADDITIVE)
+        read_tokens(item, prefix, prefix_strides, item->row, 0, call->prefix_len, factor, to);
 }
 
 #ifdef PAIRS
@@ -272,8 +277,8 @@ static void pair_keys(const struct item *item, const real *rows, pair *along_dep
 static void read_all_keys(const struct item *item, struct workspace *w) {
     const struct attention *call = item->call;
     real key_factor = call->mode == GATED ? 1 : item->gate;
-    read_keys(item, call->k, call->k_strides, call->prefix_k, call->prefix_k_strides, key_factor, w->keys, w->token);
-    read_keys(item, call->v, call->v_strides, call->prefix_v, call->prefix_v_strides, item->gate, w->values, w->token);
+    read_keys(item, call->k, call->k_strides, call->prefix_k, call->prefix_k_strides, key_factor, w->keys, w->result);
+    read_keys(item, call->v, call->v_strides, call->prefix_v, call->prefix_v_strides, item->gate, w->values, w->result);
 #ifdef PAIRS
     if (!item->pairs) return;
     pair_keys(item, w->keys, w->key_rows, w->key_columns, w);
@@ -284,8 +289,7 @@ static void read_all_keys(const struct item *item, struct workspace *w) {
 /* rows [M, pitch] of a block of q or dout, zeros for the padding. */
 static void read_block(const struct item *item, struct block block, const void *tensor, const int64_t *strides,
                        real *rows) {
-    for (long m = 0; m < block.count; m++)
-        read_token(item, tensor, strides, item->image, block.first + m, 1, rows + m * item->pitch);
+    read_tokens(item, tensor, strides, item->image, block.first, block.count, 1, rows);
     memset(rows + block.count * item->pitch, 0, (block.size - block.count) * item->pitch * sizeof(real));
 }
 
@@ -323,30 +327,29 @@ static void read_douts(const struct item *item, struct block block, struct works
     transpose(w->douts, item->pitch, block.size, item->width, w->dout_columns, block.size);
 }
 
-/* The rows of a block [M, pitch] into a tensor [B, N, parts, H, D], as its part `part`. */
-static void write_block(const struct item *item, struct block block, const real *rows, real factor, void *tensor,
-                        long parts, long part) {
+/* rows [count, pitch] times `factor` into a tensor [B, N, parts, H, D], from `token` on, as its part `part`. */
+static void write_tokens(const struct item *item, const real *rows, long token, long count, real factor, void *tensor,
+                         long parts, long part) {
     const struct attention *call = item->call;
-    for (long m = 0; m < block.count; m++) {
-        long token = item->image * call->tokens + block.first + m;
-        long offset = ((token * parts + part) * call->heads + item->head) * call->head_dim;
-        char *to = (char *)tensor + offset * size_of(item->dtype);
-        write_row(item->dtype, rows + m * item->pitch, call->head_dim, factor, to);
-    }
+    long size = size_of(item->dtype), step = parts * call->heads * call->head_dim * size;
+    long offset = ((item->image * call->tokens + token) * parts * call->heads + part * call->heads + item->head) *
+                  call->head_dim;
+    write_rows(item->dtype, rows, item->pitch, count, call->head_dim, factor, (char *)tensor + offset * size, step);
 }
 
 /* The base keys' rows of dk (part 1) or dv (part 2); zeros for hidden tokens. */
-static void write_base(const struct item *item, const real *gradient, int part, real factor) {
+static void write_base(const struct item *item, const real *gradient, int part, real factor, real *zeros) {
     const struct attention *call = item->call;
-    long size = call->head_dim * size_of(item->dtype);
-    for (long n = 0; n < call->tokens; n++) {
-        char *to = (char *)call->dqkv + (((item->image * call->tokens + n) * 3 + part) * call->heads + item->head) * size;
-        if (!visible(call, item->image, n)) {
-            memset(to, 0, size);
-            continue;
+    for (long n = 0, count; n < call->tokens; n += count) {
+        count = same_visibility(call, item->image, n, call->tokens);
+        if (visible(call, item->image, n)) {
+            write_tokens(item, gradient, n, count, factor, call->dqkv, 3, part);
+            gradient += count * item->pitch;
+        } else {
+            memset(zeros, 0, item->width * sizeof(real));
+            for (long hidden = n; hidden < n + count; hidden++)
+                write_tokens(item, zeros, hidden, 1, 1, call->dqkv, 3, part);
         }
-        write_row(item->dtype, gradient, call->head_dim, factor, to);
-        gradient += item->pitch;
     }
 }
 
@@ -460,7 +463,7 @@ static void attention_forward(const void *given, int64_t index, char *scratch) {
         struct block block = block_of(call, b);
         read_queries(&item, block, 0, &w);
         attend(&item, block, &w);
-        write_block(&item, block, w.result, 1, call->out, 1, 0);
+        write_tokens(&item, w.result, block.first, block.count, 1, call->out, 1, 0);
     }
     end(call);
 }
@@ -538,16 +541,19 @@ static real add_prefix(const struct item *item, const real *gradient, int part, 
     const struct attention *call = item->call;
     lanes product = all(0);
     if (call->mode != ADDITIVE) gradient += item->base * item->pitch;
-    for (long l = 0; l < call->prefix_len; l++) {
+    for (long l = 0, count; l < call->prefix_len; l += count) {
+        count = call->mode == ADDITIVE ? same_visibility(call, item->image, l, most_queries(call))
+                                       : least(call->prefix_len - l, most_queries(call));
         if (call->mode == ADDITIVE && !visible(call, item->image, l)) continue;
-        real *to = w->dprefix + (l * 2 + part) * item->width;
-        read_token(item, prefix, strides, item->row, l, 1, w->token);
-        for (long d = 0; d < item->width; d += LANES) {
-            lanes x = factor * load(gradient + d);
-            store(to + d, load(to + d) + gate * x);
-            product += x * load(w->token + d);
+        read_tokens(item, prefix, strides, item->row, l, count, 1, w->result);
+        for (long i = 0; i < count; i++, gradient += item->pitch) {
+            real *to = w->dprefix + ((l + i) * 2 + part) * item->width;
+            for (long d = 0; d < item->width; d += LANES) {
+                lanes x = factor * load(gradient + d);
+                store(to + d, load(to + d) + gate * x);
+                product += x * load(w->result + i * item->pitch + d);
+            }
         }
-        gradient += item->pitch;
     }
     return sum_of(product);
 }
@@ -555,8 +561,8 @@ static real add_prefix(const struct item *item, const real *gradient, int part, 
 static void write_gradients(const struct item *item, struct workspace *w) {
     const struct attention *call = item->call;
     real scale = (real)call->scale;
-    write_base(item, w->dk, 1, scale);
-    write_base(item, w->dv, 2, 1);
+    write_base(item, w->dk, 1, scale, w->result);
+    write_base(item, w->dv, 2, 1, w->result);
     if (!call->dprefix) return;
     real gate = call->mode == GATED ? 1 : item->gate;
     real of_keys = add_prefix(item, w->dk, 0, scale, gate, call->prefix_k, call->prefix_k_strides, w);
@@ -581,7 +587,7 @@ static void attention_backward(const void *given, int64_t index, char *scratch) 
             read_douts(&item, block, &w);
             score_backward(&item, block, &w);
             attend_backward(&item, block, &w);
-            write_block(&item, block, w.result, (real)call->scale, call->dqkv, 3, 0);
+            write_tokens(&item, w.result, block.first, block.count, (real)call->scale, call->dqkv, 3, 0);
         }
         write_gradients(&item, &w);
     }

@@ -6,42 +6,48 @@
    Included once per kind of key, with
        NETWORK(name)   the names to define
        KEYS, WIDTH     a vector of keys, and how many it has
+       HIGHEST         a key that no number's is above
    and NETWORK(load), NETWORK(key), NETWORK(is_nan), NETWORK(smaller), NETWORK(larger) and NETWORK(add) defined. */
 
 #define EXCHANGE(i, j)                             \
-    if (j < clients) {                             \
+    if (j < slots) {                               \
         KEYS low = NETWORK(smaller)(x[i], x[j]);   \
         x[j] = NETWORK(larger)(x[i], x[j]);        \
         x[i] = low;                                \
     }
 
-/* to[i] = mean of the ranks trim … K − trim − 1 of the coordinates from `first` on. K is a constant of at most
-   FEW_CLIENTS: all values of a coordinate lie in registers. */
-INLINE void NETWORK(few)(const enum dtype dtype, const int clients, const void *const *rows, long first, long count,
-                         long trim, float *to) {
+/* to[i] = mean of the ranks trim … K − trim − 1 of the coordinates from `first` on. All values of a coordinate lie in
+   registers: `slots`, a constant, is K rounded up to an even number, and what is left of it holds HIGHEST. */
+INLINE void NETWORK(few)(const int slots, const struct aggregation *call, const void *const *rows, long first,
+                         long count, float *to) {
+    enum dtype dtype = (enum dtype)call->dtype;
+    long clients = call->clients, trim = call->trim;
     for (long i = 0; i < count; i += WIDTH) {
-        KEYS x[FEW_CLIENTS], nan = {0};
+        KEYS x[FEW_CLIENTS], sorted[FEW_CLIENTS], nan = {0};
         lanes sum[WIDTH / LANES_NUMBER] = {{0}};
-        UNROLL for (int k = 0; k < clients; k++) {
+        UNROLL for (int k = 0; k < slots; k++) {
+            x[k] = HIGHEST;
+            if (k == slots - 1 && k == clients) break;
             x[k] = NETWORK(load)(rows[k], first + i);
             __builtin_prefetch((const char *)rows[k] + (first + i) * size_of(dtype) + AHEAD);
             nan |= NETWORK(is_nan)(dtype, x[k]);
             x[k] = NETWORK(key)(x[k]);
         }
         MERGES_OF_1(EXCHANGE)
-        if (clients > 2) { MERGES_OF_2(EXCHANGE) }
-        if (clients > 4) { MERGES_OF_4(EXCHANGE) }
-        if (clients > 8) { MERGES_OF_8(EXCHANGE) }
-        UNROLL for (int k = 0; k < clients; k++)
-            if (k >= trim && k < clients - trim) NETWORK(add)(dtype, x[k], nan, sum);
+        if (slots > 2) { MERGES_OF_2(EXCHANGE) }
+        if (slots > 4) { MERGES_OF_4(EXCHANGE) }
+        if (slots > 8) { MERGES_OF_8(EXCHANGE) }
+        UNROLL for (int k = 0; k < slots; k++) sorted[k] = x[k];
+        for (long k = trim; k < clients - trim; k++) NETWORK(add)(dtype, sorted[k], nan, sum);
         UNROLL for (int v = 0; v < WIDTH / LANES_NUMBER; v++)
             store(to + i + v * LANES, sum[v] / all((float)(clients - 2 * trim)));
     }
 }
 
 /* The same for any K: a tile [K, columns] in the first-level cache, sorted row by row by `pairs`. */
-static void NETWORK(many)(const enum dtype dtype, const struct aggregation *call, const void *const *rows,
-                          long first, long count, KEYS *tile, float *to) {
+static void NETWORK(many)(const struct aggregation *call, const void *const *rows, long first, long count, KEYS *tile,
+                          float *to) {
+    enum dtype dtype = (enum dtype)call->dtype;
     long clients = call->clients, columns = sorted_vectors(call);
     KEYS *nan = tile + clients * columns;
     for (long start = 0; start < count; start += columns * WIDTH) {
@@ -71,16 +77,15 @@ static void NETWORK(many)(const enum dtype dtype, const struct aggregation *call
     }
 }
 
-#define FEW(clients) \
-    case clients: NETWORK(few)(dtype, clients, rows, first, count, call->trim, to); break;
+#define FEW(slots) \
+    case slots: NETWORK(few)(slots, call, rows, first, count, to); break;
 
 /* `count` coordinates, whole vectors of them. */
-INLINE void NETWORK(trim)(const enum dtype dtype, const struct aggregation *call, const void *const *rows,
-                          long first, long count, void *tile, float *to) {
-    switch (call->clients) {
-        FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) FEW(12) FEW(13) FEW(14)
-        FEW(15) FEW(16)
-        default: NETWORK(many)(dtype, call, rows, first, count, tile, to);
+static void NETWORK(trim)(const struct aggregation *call, const void *const *rows, long first, long count, void *tile,
+                          float *to) {
+    switch (rounded_up(call->clients, 2)) {
+        FEW(2) FEW(4) FEW(6) FEW(8) FEW(10) FEW(12) FEW(14) FEW(16)
+        default: NETWORK(many)(call, rows, first, count, tile, to);
     }
 }
 
@@ -89,3 +94,4 @@ INLINE void NETWORK(trim)(const enum dtype dtype, const struct aggregation *call
 #undef NETWORK
 #undef KEYS
 #undef WIDTH
+#undef HIGHEST

@@ -78,7 +78,7 @@ INLINE lanes load_bfloat16(const uint16_t *x) {
 #elif defined(__AVX2__)
     return (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #else
-    lanes value;
+    lanes value = {0};
     for (long i = 0; i < LANES; i++) value[i] = from_bfloat16(x[i]);
     return value;
 #endif
@@ -110,7 +110,7 @@ INLINE lanes load_float16(const uint16_t *x) {
 #elif defined(__F16C__)
     return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 #else
-    lanes value;
+    lanes value = {0};
     for (long i = 0; i < LANES; i++) value[i] = from_float16(x[i]);
     return value;
 #endif
@@ -122,7 +122,7 @@ INLINE lanes load_int8(const int8_t *x) {
 #elif defined(__AVX2__)
     return (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
 #else
-    lanes value;
+    lanes value = {0};
     for (long i = 0; i < LANES; i++) value[i] = x[i];
     return value;
 #endif
@@ -139,48 +139,103 @@ INLINE void store_float16(uint16_t *to, lanes x) {
 }
 #endif
 
-/* to[i] = factor · from[i] for `count` elements of `dtype`. */
-static void read_row(enum dtype dtype, const void *from, long count, real factor, real *to) {
-    long i = 0;
+INLINE lanes load_as(const enum dtype dtype, const void *x, long i) {
 #ifdef FLOAT64
     (void)dtype;
-    for (; i < count; i++) to[i] = factor * ((const double *)from)[i];
+    return load((const double *)x + i);
 #else
-    const uint16_t *half = from;
-    if (dtype == FLOAT32) {
-        const float *x = from;
-        for (; i + LANES <= count; i += LANES) store(to + i, factor * load(x + i));
-        for (; i < count; i++) to[i] = factor * x[i];
-    } else if (dtype == BFLOAT16) {
-        for (; i + LANES <= count; i += LANES) store(to + i, factor * load_bfloat16(half + i));
-        for (; i < count; i++) to[i] = factor * from_bfloat16(half[i]);
-    } else {
-        for (; i + LANES <= count; i += LANES) store(to + i, factor * load_float16(half + i));
-        for (; i < count; i++) to[i] = factor * from_float16(half[i]);
+    if (dtype == FLOAT32) return load((const float *)x + i);
+    if (dtype == BFLOAT16) return load_bfloat16((const uint16_t *)x + i);
+    if (dtype == FLOAT16) return load_float16((const uint16_t *)x + i);
+    return load_int8((const int8_t *)x + i);
+#endif
+}
+
+INLINE real load_one(const enum dtype dtype, const void *x, long i) {
+    if (dtype == DOUBLE) return (real)((const double *)x)[i];
+    if (dtype == FLOAT32) return ((const float *)x)[i];
+    if (dtype == BFLOAT16) return from_bfloat16(((const uint16_t *)x)[i]);
+    if (dtype == FLOAT16) return from_float16(((const uint16_t *)x)[i]);
+    return ((const int8_t *)x)[i];
+}
+
+INLINE void store_as(const enum dtype dtype, void *to, long i, lanes x) {
+#ifdef FLOAT64
+    (void)dtype;
+    store((double *)to + i, x);
+#else
+    if (dtype == FLOAT32) store((float *)to + i, x);
+    else if (dtype == BFLOAT16) store_bfloat16((uint16_t *)to + i, x);
+    else store_float16((uint16_t *)to + i, x);
+#endif
+}
+
+INLINE void store_one(const enum dtype dtype, void *to, long i, real x) {
+    if (dtype == DOUBLE) ((double *)to)[i] = x;
+    else if (dtype == FLOAT32) ((float *)to)[i] = (float)x;
+    else if (dtype == BFLOAT16) ((uint16_t *)to)[i] = to_bfloat16((float)x);
+    else ((uint16_t *)to)[i] = to_float16((float)x);
+}
+
+/* Calls `function` with the dtype as a constant. */
+#ifdef FLOAT64
+#define FOR_DTYPE(function, dtype, ...)                                  \
+    switch (dtype) {                                                     \
+        default: function(DOUBLE, __VA_ARGS__);                          \
+    }
+#else
+#define FOR_DTYPE(function, dtype, ...)                                  \
+    switch (dtype) {                                                     \
+        case FLOAT32: function(FLOAT32, __VA_ARGS__); break;             \
+        case BFLOAT16: function(BFLOAT16, __VA_ARGS__); break;           \
+        default: function(FLOAT16, __VA_ARGS__);                         \
     }
 #endif
+
+#define ROWS_AHEAD 10 /* the rows of a tensor may be far apart, and no processor foresees the next one */
+
+INLINE void read_rows_as(const enum dtype dtype, const char *from, long step, long rows, long count, real factor,
+                         real *to, long pitch, long width) {
+    for (long r = 0; r < rows; r++, from += step, to += pitch) {
+        for (long byte = 0; rows > 1 && byte < count * size_of(dtype); byte += 64)
+            __builtin_prefetch(from + ROWS_AHEAD * step + byte);
+        long i = 0;
+        for (; i + LANES <= count; i += LANES) store(to + i, factor * load_as(dtype, from, i));
+        for (; i < count; i++) to[i] = factor * load_one(dtype, from, i);
+        for (; i < width; i++) to[i] = 0;
+    }
+}
+
+/* to [rows, width] = factor · from [rows, count], padded with zeros; `step` bytes and `pitch` elements from row to
+   row. */
+static void read_rows(enum dtype dtype, const void *from, long step, long rows, long count, real factor, real *to,
+                      long pitch, long width) {
+    FOR_DTYPE(read_rows_as, dtype, from, step, rows, count, factor, to, pitch, width)
+}
+
+INLINE void write_rows_as(const enum dtype dtype, const real *from, long pitch, long rows, long count, real factor,
+                          char *to, long step) {
+    for (long r = 0; r < rows; r++, from += pitch, to += step) {
+        long i = 0;
+        for (; i + LANES <= count; i += LANES) store_as(dtype, to, i, factor * load(from + i));
+        for (; i < count; i++) store_one(dtype, to, i, factor * from[i]);
+    }
+}
+
+/* to [rows, count] = factor · from [rows, count]; `pitch` elements and `step` bytes from row to row. */
+static void write_rows(enum dtype dtype, const real *from, long pitch, long rows, long count, real factor, void *to,
+                       long step) {
+    FOR_DTYPE(write_rows_as, dtype, from, pitch, rows, count, factor, to, step)
+}
+
+/* to[i] = factor · from[i] for `count` elements of `dtype`. */
+static void read_row(enum dtype dtype, const void *from, long count, real factor, real *to) {
+    FOR_DTYPE(read_rows_as, dtype, from, 0, 1, count, factor, to, 0, count)
 }
 
 /* to[i] = factor · from[i] for `count` elements of `dtype`. */
 static void write_row(enum dtype dtype, const real *from, long count, real factor, void *to) {
-    long i = 0;
-#ifdef FLOAT64
-    (void)dtype;
-    for (; i < count; i++) ((double *)to)[i] = factor * from[i];
-#else
-    uint16_t *half = to;
-    if (dtype == FLOAT32) {
-        float *x = to;
-        for (; i + LANES <= count; i += LANES) store(x + i, factor * load(from + i));
-        for (; i < count; i++) x[i] = factor * from[i];
-    } else if (dtype == BFLOAT16) {
-        for (; i + LANES <= count; i += LANES) store_bfloat16(half + i, factor * load(from + i));
-        for (; i < count; i++) half[i] = to_bfloat16(factor * from[i]);
-    } else {
-        for (; i + LANES <= count; i += LANES) store_float16(half + i, factor * load(from + i));
-        for (; i < count; i++) half[i] = to_float16(factor * from[i]);
-    }
-#endif
+    FOR_DTYPE(write_rows_as, dtype, from, 0, 1, count, factor, to, 0)
 }
 
 #endif
