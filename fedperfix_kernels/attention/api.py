@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedperfix_kernels.attention import composed, reference
+from fedperfix_kernels.attention import composed, op, reference
 from fedperfix_kernels.attention.configs import MAX_HEAD_DIM
-from fedperfix_kernels.attention.op import PackedPrefixAttentionFunction, PrefixAttentionFunction
 from fedperfix_kernels.backends import resolve
 from fedperfix_kernels.checks import check_choice, check_tensor, describe, message
 
@@ -78,7 +77,7 @@ def prefix_attention(
         return torch.zeros_like(q)
     if backend in FUSED:
         tensors = map(_readable, (q, k, v, prefix_k, prefix_v))
-        return PrefixAttentionFunction.apply(*tensors, gate, bias, key_mask, index, mode, scale, backend)[0]
+        return op.apply(*tensors, gate, bias, key_mask, index, mode, scale, backend, packed=False)
     if index is not None:
         prefix_k, prefix_v = prefix_k[index], prefix_v[index]
         gate = gate[index] if gate.dim() == 2 else gate
@@ -130,7 +129,7 @@ def packed_prefix_attention(
     options = (_checked_bias(bias, q), _checked_mask(key_mask, q), _checked_index(prefix_index, q, clients))
     scale = float(qkv.shape[-1] ** -0.5 if scale is None else scale)
     tensors = _readable(qkv), _readable(prefix)
-    return PackedPrefixAttentionFunction.apply(*tensors, gate, *options, mode, scale, implementation)[0]
+    return op.apply(*tensors, gate, *options, mode, scale, implementation, packed=True)
 
 
 def _autocast(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -4,9 +4,10 @@ Two forward operators share one backward operator: `prefix_attention` takes q, k
 `packed_prefix_attention` takes the outputs of the two projections as they are, so that their gradients are
 written once, already packed.
 
-The gradient formulas are attached twice. An autograd.Function around each forward operator is what users call: it
-works under `torch.func` as well and costs less per call. The same formulas are registered on the operators, for
-`torch.ops` and tracing; without that, `torch.compile(torch.func.grad(...))` would silently return zeros.
+The gradient formulas are attached three times. `apply` is what users call. In eager training it takes a plain
+autograd.Function, which costs least per call; under `torch.func` and `torch.compile` one with a `setup_context`. The
+same formulas are registered on the operators, for `torch.ops` and tracing; without that,
+`torch.compile(torch.func.grad(...))` would silently return zeros.
 """
 
 from __future__ import annotations
@@ -199,6 +200,45 @@ class PackedPrefixAttentionFunction(torch.autograd.Function):
 
     setup_context = staticmethod(_save)
     backward = staticmethod(once_differentiable(_packed_gradients))
+
+
+def _eager(operator: Any, gradients: Any) -> type[torch.autograd.Function]:
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            output = operator(*inputs)
+            _save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(once_differentiable(gradients))
+
+    return Eager
+
+
+# Each operator, and its gradients in eager training and under torch.func and torch.compile.
+_SEPARATE = torch.ops.fedperfix.prefix_attention.default
+_PACKED = torch.ops.fedperfix.packed_prefix_attention.default
+_FUNCTIONS = {
+    _SEPARATE: (_eager(_SEPARATE, _gradients), PrefixAttentionFunction),
+    _PACKED: (_eager(_PACKED, _packed_gradients), PackedPrefixAttentionFunction),
+}
+
+
+def apply(*arguments: Any, packed: bool) -> Tensor:
+    """Call a forward operator so that gradients flow through it, in whatever way PyTorch computes.
+
+    Args:
+        arguments: all of `prefix_attention`, or of `packed_prefix_attention`.
+        packed: which of the two.
+
+    Returns:
+        out [B, N, H, D].
+    """
+    operator = _PACKED if packed else _SEPARATE
+    eager, functional = _FUNCTIONS[operator]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return functional.apply(*arguments)[0]
+    return (eager.apply if torch.is_grad_enabled() else operator)(*arguments)[0]
 
 
 torch.library.register_autograd("fedperfix::prefix_attention", _gradients, setup_context=_save, lib=_library)
