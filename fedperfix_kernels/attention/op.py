@@ -5,8 +5,8 @@ Two forward operators share one backward operator: `prefix_attention` takes q, k
 written once, already packed.
 
 The gradient formulas are attached three times. `apply` is what users call. In eager training it takes a plain
-autograd.Function, which costs least per call; under `torch.func` and `torch.compile` one with a `setup_context`. The
-same formulas are registered on the operators, for `torch.ops` and tracing; without that,
+autograd.Function, which costs least per call; under `torch.func` and `torch.compile` one with a `setup_context`.
+The same formulas are registered on the operators, for `torch.ops` and tracing; without that,
 `torch.compile(torch.func.grad(...))` would silently return zeros.
 """
 

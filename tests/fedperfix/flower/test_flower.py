@@ -20,9 +20,10 @@ from tests.fedperfix.flower.deployment import BIN, Deployment, environment, kill
 from tests.fedperfix.flower.test_server import shared
 from tests.fedperfix.test_train_cli import ROOT
 
+CLIENTS, ROUNDS = 3, 2
 OPTIONS = (
-    "--clients=4", "--sampled=2", "--rounds=3", "--samples=200", "--local-steps=2", "--eval-every=3",
-    "--bottleneck=4", "--precision=fp32", "--device=cpu",
+    f"--clients={CLIENTS}", "--sampled=2", f"--rounds={ROUNDS}", "--samples=200", "--local-steps=2",
+    "--eval-every=2", "--bottleneck=4", "--precision=fp32", "--device=cpu",
 )  # fmt: skip
 
 
@@ -75,14 +76,14 @@ def test_a_simulation_has_the_bits_of_one_process(alone: tuple[str, float], tmp_
     (tmp_path / "home" / "config.toml").write_text(
         '[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n'
     )
-    command = [BIN / "flwr", *simulation_command(app, 4)[1:], "--run-config", folders(tmp_path)]
+    command = [BIN / "flwr", *simulation_command(app, CLIENTS)[1:], "--run-config", folders(tmp_path)]
     try:
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     finally:
         for process in app_processes("flower-super", tmp_path):
             os.kill(process, signal.SIGTERM)
     assert (tmp_path / "server").exists(), run.stdout + run.stderr
-    assert rounds(tmp_path / "server") == 3, run.stdout
+    assert rounds(tmp_path / "server") == ROUNDS, run.stdout
     assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
 
 
@@ -91,7 +92,7 @@ def test_a_deployment_has_the_bits_of_one_process_and_lets_no_stranger_in(
     alone: tuple[str, float], tmp_path: Path
 ) -> None:
     with Deployment(tmp_path) as there:
-        for client in range(4):
+        for client in range(CLIENTS):
             there.register(f"key-{client}")
             there.node(f"key-{client}", client)
         make_key(tmp_path, "stranger")
@@ -101,8 +102,8 @@ def test_a_deployment_has_the_bits_of_one_process_and_lets_no_stranger_in(
             "no-tls": (there.node("no-tls", 0, "--max-retries=1", secure=False), "Server disconnected"),
         }
         output = there.flwr("run", str(written(tmp_path)), "mine", "--stream", "--run-config", folders(tmp_path),
-                            seconds=400)  # fmt: skip
-        assert rounds(tmp_path / "server") == 3, output
+                            seconds=900)  # fmt: skip
+        assert rounds(tmp_path / "server") == ROUNDS, output
         for name, (process, answer) in strangers.items():
             assert process.wait(60) != 0, f"the node {name} stays"
             assert answer in there.log(f"node-{name}")
@@ -110,7 +111,7 @@ def test_a_deployment_has_the_bits_of_one_process_and_lets_no_stranger_in(
     assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
     states = list((tmp_path / "nodes").rglob("round-*.safetensors"))
     assert states
-    assert {path.parent.name for path in states} <= {f"client-{number}" for number in range(4)}
+    assert {path.parent.name for path in states} <= {f"client-{number}" for number in range(CLIENTS)}
 
 
 @pytest.mark.long
@@ -121,7 +122,7 @@ def test_behind_the_proxy_of_the_docs_nodes_work_and_nobody_registers_a_key(
     text = (ROOT / "docs" / "flower.md").read_text(encoding="utf-8")
     with Deployment(tmp_path) as there:
         there.proxy(text.split("```nginx\n")[1].split("```")[0])
-        for client in range(4):
+        for client in range(CLIENTS):
             there.register(f"key-{client}")
             there.node(f"key-{client}", client)
         app = written(tmp_path)
@@ -130,7 +131,7 @@ def test_behind_the_proxy_of_the_docs_nodes_work_and_nobody_registers_a_key(
             refused = there.try_flwr(*words, seconds=60)
             assert refused.returncode != 0
             assert "403" in refused.stdout + refused.stderr
-        there.flwr("run", str(app), "mine", "--stream", "--run-config", folders(tmp_path), seconds=400)
+        there.flwr("run", str(app), "mine", "--stream", "--run-config", folders(tmp_path), seconds=900)
         assert there.log("nginx") == ""
         there.flwr("supernode", "register", "stranger.pub", "mine", seconds=60)  # why the port must not be open
     assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
@@ -143,17 +144,17 @@ def test_a_deployment_that_is_killed_goes_on_to_the_same_bits(
     victim: str, alone: tuple[str, float], tmp_path: Path
 ) -> None:
     with Deployment(tmp_path) as there:
-        for client in range(4):
+        for client in range(CLIENTS):
             there.register(f"key-{client}")
-        nodes = [there.node(f"key-{client}", client) for client in range(4)]
+        nodes = [there.node(f"key-{client}", client) for client in range(CLIENTS)]
         app = written(tmp_path)
         there.flwr("run", str(app), "mine", "--run-config", folders(tmp_path), seconds=60)
         if victim == "node":
-            for client in (0, 1, 2, 3):  # whichever is drawn first
+            for client in range(CLIENTS):  # whichever is drawn first
                 log = f"node-key-{client}"
                 if client == 0:
                     until(
-                        lambda: any("Receiving: train" in there.log(f"node-key-{c}") for c in range(4)),
+                        lambda: any("Receiving: train" in there.log(f"node-key-{c}") for c in range(CLIENTS)),
                         300,
                         "no order",
                     )
@@ -169,7 +170,7 @@ def test_a_deployment_that_is_killed_goes_on_to_the_same_bits(
                 os.kill(process, signal.SIGKILL)
             time.sleep(5)
             there.flwr("run", str(app), "mine", "--run-config", folders(tmp_path), seconds=60)
-        until(lambda: rounds(tmp_path / "server") == 3, 500, there.log("link"))
+        until(lambda: rounds(tmp_path / "server") == ROUNDS, 500, there.log("link"))
         time.sleep(2)
     assert (shared(str(tmp_path / "server")), accuracy(tmp_path / "server")) == pytest.approx(alone)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
+from fedperfix_kernels.attention import MODES
 from fedperfix_kernels.backends import INTERPRETING
 
 NAMES = ("out", "dqkv", "dprefix", "dgate")
@@ -18,6 +21,24 @@ FLOAT64 = (
     pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETING, reason="no float64 on a GPU")),
     "native",
 )
+
+
+def long_in_the_interpreter(*values: Any) -> Any:
+    """Parameters of a Triton test that takes the interpreter many seconds; on a GPU they run every time."""
+    return pytest.param(*values, marks=[pytest.mark.long] if INTERPRETING else [])
+
+
+def each_mode(backends: Iterable[str]) -> list[Any]:
+    """All pairs of mode and backend.
+
+    In the interpreter `gated` stands for all modes, unless `-m long` asks for them; test_accuracy.py has every mode
+    every time.
+    """
+    pairs = [(mode, backend) for mode in MODES for backend in backends]
+    return [
+        long_in_the_interpreter(*pair) if pair[1] == "triton" and pair[0] != "gated" else pytest.param(*pair)
+        for pair in pairs
+    ]
 
 
 @dataclass(frozen=True)

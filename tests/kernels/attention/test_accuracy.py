@@ -14,6 +14,7 @@ from tests.kernels.attention.cases import (
     assert_within_twice_plain_pytorch,
     explicit,
     interpreter_cannot,
+    long_in_the_interpreter,
     make_inputs,
     run,
 )
@@ -33,10 +34,15 @@ def fits(case: Case) -> bool:
     return case.mode != "additive" or case.prefix_len in (None, case.tokens)
 
 
+LONG_TOKENS = (196, 208, 256, 257, 577)  # take the interpreter minutes; 197 has several blocks as well
 CASES = [case.with_mode(mode) for case in SHAPES for mode in MODES if fits(case.with_mode(mode))]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [long_in_the_interpreter(case) if case.tokens in LONG_TOKENS else case for case in CASES],
+    ids=str,
+)
 @pytest.mark.usefixtures("poisoned")
 def test_triton_in_float32(case: Case, device: torch.device) -> None:
     inputs = make_inputs(case, device, torch.float32)
@@ -112,4 +118,5 @@ def test_gradcheck(mode: str, backend: str, device: torch.device) -> None:
     def function(qkv: torch.Tensor, prefix: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=backend)
 
-    assert torch.autograd.gradcheck(function, arguments, eps=1e-5, atol=1e-5)
+    slow = backend == "triton"
+    assert torch.autograd.gradcheck(function, arguments, eps=1e-5, atol=1e-5, fast_mode=slow)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
 from fedperfix_kernels.attention import MODES
-from tests.kernels.attention.cases import NAMES, Case, make_inputs, run
+from tests.kernels.attention.cases import NAMES, Case, each_mode, make_inputs, run
 
 FUSED = ("triton", "native")
 BACKENDS = (*FUSED, "torch", "reference")
@@ -34,9 +34,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(FUSED))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("poisoned")
 def test_any_strides_give_the_same_result(mode: str, layout: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 19, 3, 16), device, torch.float32)
@@ -76,8 +75,7 @@ def test_packed_and_separate_agree(mode: str, backend: str, device: torch.device
         assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(FUSED))
 @pytest.mark.parametrize("wanted", range(6))
 def test_only_the_gradients_that_are_needed(mode: str, wanted: int, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
@@ -112,8 +110,7 @@ def test_a_scalar_gate_gets_the_sum_of_the_heads_gradients(backend: str, device:
     torch.testing.assert_close(gate.grad, per_head.grad.sum(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(FUSED))
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_same_input_gives_the_same_bits(mode: str, shared: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(3, 33, 2, 16, shared=shared), device, torch.float32)
@@ -123,8 +120,7 @@ def test_the_same_input_gives_the_same_bits(mode: str, shared: bool, backend: st
             assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(FUSED))
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(mode: str, shared: bool, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 9, 2, 16, shared=shared), device, torch.float32)
@@ -143,8 +139,7 @@ def test_opcheck(mode: str, shared: bool, backend: str, device: torch.device) ->
             torch.library.opcheck(ops.prefix_attention_backward, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(FUSED))
 def test_opcheck_with_everything(mode: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(4, 9, 2, 16), device, torch.float32)
     index = torch.tensor([1, 0, 1, 1], device=device)
@@ -160,11 +155,10 @@ def test_opcheck_with_everything(mode: str, backend: str, device: torch.device) 
     torch.library.opcheck(ops.prefix_attention_backward, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(BACKENDS))
 def test_torch_compile_without_graph_breaks(mode: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
-    compiler = "aot_eager" if backend == "triton" else "inductor"
+    compiler = "inductor" if backend in ("native", "torch") else "aot_eager"
 
     def function(qkv: Tensor, prefix: Tensor, gate: Tensor) -> Tensor:
         return packed_prefix_attention(qkv, prefix, gate, mode=mode, backend=backend)
@@ -220,8 +214,7 @@ VMAPPED = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(BACKENDS))
 @pytest.mark.parametrize("case", VMAPPED)
 def test_vmap_of_grad_equals_a_loop(case: str, mode: str, backend: str, device: torch.device) -> None:
     """Per-copy gradients, as per-client models stacked along a new dimension need them."""

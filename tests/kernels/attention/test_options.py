@@ -11,7 +11,7 @@ from torch import Tensor
 from fedperfix_kernels import packed_prefix_attention, prefix_attention
 from fedperfix_kernels.attention import MODES
 from fedperfix_kernels.backends import INTERPRETING
-from tests.kernels.attention.cases import FLOAT64
+from tests.kernels.attention.cases import FLOAT64, each_mode
 
 BACKENDS = ("triton", "native", "torch")
 BATCH, HEADS, HEAD_DIM, CLIENTS = 4, 2, 16, 3
@@ -66,8 +66,7 @@ def results(inputs: dict[str, Tensor], mode: str, backend: str) -> dict[str, Ten
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(BACKENDS))
 @pytest.mark.parametrize(("tokens", "prefix_len"), [(17, 17), (33, 5), (9, 0)])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("poisoned")
@@ -161,8 +160,7 @@ def test_a_frozen_backbone_trains_the_named_rows_only(backend: str, device: torc
     assert gradient[2].abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", ["triton", "native"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), each_mode(["triton", "native"]))
 def test_the_same_input_gives_the_same_bits(mode: str, backend: str, device: torch.device) -> None:
     inputs = {
         n: x.float() if x.is_floating_point() else x for n, x in make(OPTIONS["everything"], 17, 17, device).items()
