@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedperfix_kernels import native
+from fedperfix_kernels.autograd import eager_function, is_eager
 from fedperfix_kernels.checks import check_tensor, describe, message
 from fedperfix_kernels.native import library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _library = torch.library.Library("fedperfix", "FRAGMENT")
 _library.define("gelu(Tensor x) -> Tensor")
@@ -43,7 +42,7 @@ def gelu(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    return torch.ops.fedperfix.gelu(x) if _is_for_native(x) else F.gelu(x)
+    return _Gelu.apply(x) if _is_for_native(x) else F.gelu(x)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -56,16 +55,14 @@ def tanh(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    return torch.ops.fedperfix.tanh(x) if _is_for_native(x) else torch.tanh(x)
+    return _Tanh.apply(x) if _is_for_native(x) else torch.tanh(x)
 
 
 def _is_for_native(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        is_eager()
         and x.device.type == "cpu"
-        and x.dtype in _DTYPES
-        and x.dtype is not torch.float64  # the library's float64 is for tests
-        and not torch._C._are_functorch_transforms_active()
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # the library's float64 is for tests
         and not native.obstacle()
     )
 
@@ -74,11 +71,11 @@ def _is_for_native(x: Tensor) -> bool:
 
 
 def _run(function: str, x: Tensor, dout: Tensor | None = None) -> Tensor:
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+    if x.device.type != "cpu" or not x.is_floating_point() or x.dtype not in library.DTYPES:
         raise ValueError(message("x", describe(x), "float32, bfloat16, float16 or float64 on a CPU"))
     x = x.contiguous()
     out = torch.empty_like(x)
-    call = _Call(x.data_ptr(), None, out.data_ptr(), x.numel(), _DTYPES[x.dtype])
+    call = _Call(x.data_ptr(), None, out.data_ptr(), x.numel(), library.DTYPES[x.dtype])
     if dout is not None:
         if dout.shape != x.shape or dout.dtype is not x.dtype:
             raise ValueError(message("dout", describe(dout), f"shape and dtype of x, which are {describe(x)}"))
@@ -121,5 +118,7 @@ def _tanh_gradient(ctx: Any, dout: Tensor) -> Tensor:
     return torch.ops.aten.tanh_backward(dout, *ctx.saved_tensors)  # one pass already
 
 
+_Gelu = eager_function(torch.ops.fedperfix.gelu.default, _save_input, _gelu_gradient)
+_Tanh = eager_function(torch.ops.fedperfix.tanh.default, _save_output, _tanh_gradient)
 torch.library.register_autograd("fedperfix::gelu", _gelu_gradient, setup_context=_save_input, lib=_library)
 torch.library.register_autograd("fedperfix::tanh", _tanh_gradient, setup_context=_save_output, lib=_library)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedperfix_kernels.autograd import eager_function, is_eager
 from fedperfix_kernels.checks import check_choice, describe, message
 
 IMPLEMENTATIONS = ("torch", "onednn")
@@ -47,7 +48,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    return (_EagerLinear if is_eager() else _Linear).apply(x, weight, bias)
 
 
 def resolve_linear(wanted: str = "auto") -> str:
@@ -114,9 +117,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The operator; outside of what traces or maps it the work itself, as a layer of a small model takes no longer
     than PyTorch's way to an operator in Python."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.ops.fedperfix.linear(x, weight, bias)
-    return _multiply(x, weight, bias)
+    return _multiply(x, weight, bias) if is_eager() else torch.ops.fedperfix.linear(x, weight, bias)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -169,6 +170,8 @@ class _Linear(torch.autograd.Function):
     setup_context = staticmethod(_save)
     backward = staticmethod(_gradients)
 
+
+_EagerLinear = eager_function(_multiply, _save, _gradients)
 
 torch.library.register_autograd("fedperfix::linear", _gradients, setup_context=_save, lib=_library)
 

@@ -14,7 +14,6 @@ from fedperfix_kernels.aggregation.tiles import columns_of
 from fedperfix_kernels.arena import BLOCK
 from fedperfix_kernels.native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}
 # Elements of a piece: its sums in float32 take half of a first-level cache.
 _PIECE = 4 * BLOCK
 # The Gram matrix of every piece is kept: pieces of at least so many elements, and at most so many of them.
@@ -172,7 +171,7 @@ class _Table:
         self._kept |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
         call = _Call(
             clients=self.clients, tensors=len(self._kept["numel"]), pieces=self.pieces, piece=self._piece,
-            dtype=_DTYPES[dtype], out_dtype=_DTYPES[self._out[0].dtype] if self._out else 0,
+            dtype=library.DTYPES[dtype], out_dtype=library.DTYPES[self._out[0].dtype] if self._out else 0,
         )  # fmt: skip
         for name, tensor in self._kept.items():
             setattr(call, name, _address(tensor))

@@ -12,7 +12,6 @@ from torch import Tensor
 from fedperfix_kernels.attention.inputs import Inputs, branches
 from fedperfix_kernels.native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _MODES = {"gated": 0, "concat": 1, "additive": 2}
 # A prefix row's images are divided into at most so many chunks, which run side by side. Each chunk costs a float32
 # copy of the row's gradient, and the chunks decide the order of its sum: the number of threads must not.
@@ -105,7 +104,7 @@ def _call(inputs: Inputs) -> tuple[_Call, dict[str, Tensor], bool]:
     call = _Call(
         batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, prefix_len=inputs.prefix_len,
         rows=inputs.prefix_k.shape[0], chunks=len(chunk_start) - 1, bias_groups=inputs.bias_groups,
-        scale=inputs.scale, dtype=_DTYPES[q.dtype], mode=_MODES[inputs.mode],
+        scale=inputs.scale, dtype=library.DTYPES[q.dtype], mode=_MODES[inputs.mode],
         gate_stride=inputs.gate.stride(0) if inputs.gate.dim() == 2 else 0,
     )  # fmt: skip
     for name in ("q", "k", "v", "prefix_k", "prefix_v"):

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fedperfix_kernels.attention import native_launch
 from fedperfix_kernels.attention.inputs import Inputs
+from fedperfix_kernels.autograd import eager_function, is_eager
 
 _library = torch.library.Library("fedperfix", "FRAGMENT")
 _OPTIONS = (
@@ -202,25 +203,15 @@ class PackedPrefixAttentionFunction(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_packed_gradients))
 
 
-def _eager(operator: Any, gradients: Any) -> type[torch.autograd.Function]:
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            output = operator(*inputs)
-            _save(ctx, inputs, output)
-            return output
-
-        backward = staticmethod(once_differentiable(gradients))
-
-    return Eager
-
-
 # Each operator, and its gradients in eager training and under torch.func and torch.compile.
 _SEPARATE = torch.ops.fedperfix.prefix_attention.default
 _PACKED = torch.ops.fedperfix.packed_prefix_attention.default
 _FUNCTIONS = {
-    _SEPARATE: (_eager(_SEPARATE, _gradients), PrefixAttentionFunction),
-    _PACKED: (_eager(_PACKED, _packed_gradients), PackedPrefixAttentionFunction),
+    operator: (eager_function(operator, _save, once_differentiable(gradients)), functional)
+    for operator, gradients, functional in (
+        (_SEPARATE, _gradients, PrefixAttentionFunction),
+        (_PACKED, _packed_gradients, PackedPrefixAttentionFunction),
+    )
 }
 
 
@@ -236,7 +227,7 @@ def apply(*arguments: Any, packed: bool) -> Tensor:
     """
     operator = _PACKED if packed else _SEPARATE
     eager, functional = _FUNCTIONS[operator]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not is_eager():
         return functional.apply(*arguments)[0]
     return (eager.apply if torch.is_grad_enabled() else operator)(*arguments)[0]
 

@@ -24,6 +24,8 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 # On AArch64 every processor has NEON; on x86 the baseline is SSE2, which PyTorch's own operations outdo.
 PORTABLE_IS_FAST = platform.machine().lower() in ("aarch64", "arm64")
 VARIABLE = "FEDPERFIX_INSTRUCTION_SET"
+# `enum dtype` of storage.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 
 PATH = Path(__file__).with_name("_library.so")
 _DONE, _NO_MEMORY = 0, 1

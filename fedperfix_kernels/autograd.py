@@ -1,0 +1,41 @@
+"""Our operators in eager training: what a call costs beyond its kernel.
+
+PyTorch runs an autograd.Function with a `setup_context`, and the formula that `register_autograd` attaches, at
+several times the cost of a plain Function. Tracing and torch.func need one of the former; everybody else gets the
+latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def is_eager() -> bool:
+    """Whether neither torch.compile nor torch.func looks on."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def eager_function(
+    forward: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """A plain autograd.Function.
+
+    Args:
+        forward: what it computes, from all of its inputs.
+        save: called as `save(ctx, inputs, output)`, as a `setup_context` is.
+        gradients: its backward pass.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    return Eager
