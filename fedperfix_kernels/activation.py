@@ -118,7 +118,7 @@ def _tanh_gradient(ctx: Any, dout: Tensor) -> Tensor:
     return torch.ops.aten.tanh_backward(dout, *ctx.saved_tensors)  # one pass already
 
 
-_Gelu = eager_function(torch.ops.fedperfix.gelu.default, _save_input, _gelu_gradient)
-_Tanh = eager_function(torch.ops.fedperfix.tanh.default, _save_output, _tanh_gradient)
+_Gelu = eager_function("Gelu", torch.ops.fedperfix.gelu.default, _save_input, _gelu_gradient)
+_Tanh = eager_function("Tanh", torch.ops.fedperfix.tanh.default, _save_output, _tanh_gradient)
 torch.library.register_autograd("fedperfix::gelu", _gelu_gradient, setup_context=_save_input, lib=_library)
 torch.library.register_autograd("fedperfix::tanh", _tanh_gradient, setup_context=_save_output, lib=_library)

@@ -19,23 +19,21 @@ def is_eager() -> bool:
 
 
 def eager_function(
-    forward: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]
+    name: str, forward: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     """A plain autograd.Function.
 
     Args:
+        name: what profiles call it.
         forward: what it computes, from all of its inputs.
         save: called as `save(ctx, inputs, output)`, as a `setup_context` is.
         gradients: its backward pass.
     """
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            save(ctx, inputs, output)
-            return output
+    def forward_and_save(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
 
-        backward = staticmethod(gradients)
-
-    return Eager
+    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(gradients)}
+    return type(name, (torch.autograd.Function,), methods)

@@ -171,7 +171,7 @@ class _Linear(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-_EagerLinear = eager_function(_multiply, _save, _gradients)
+_EagerLinear = eager_function("Linear", _multiply, _save, _gradients)
 
 torch.library.register_autograd("fedperfix::linear", _gradients, setup_context=_save, lib=_library)
 

@@ -207,7 +207,7 @@ class PackedPrefixAttentionFunction(torch.autograd.Function):
 _SEPARATE = torch.ops.fedperfix.prefix_attention.default
 _PACKED = torch.ops.fedperfix.packed_prefix_attention.default
 _FUNCTIONS = {
-    operator: (eager_function(operator, _save, once_differentiable(gradients)), functional)
+    operator: (eager_function(functional.__name__, operator, _save, once_differentiable(gradients)), functional)
     for operator, gradients, functional in (
         (_SEPARATE, _gradients, PrefixAttentionFunction),
         (_PACKED, _packed_gradients, PackedPrefixAttentionFunction),
