@@ -81,9 +81,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of the files: xdist would leave those with few tests, which take minutes, for the end."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, and start with the files that have slow tests."""
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if _is_native(item) and native.obstacle():
             item.add_marker(pytest.mark.skip(reason=native.obstacle()))
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
