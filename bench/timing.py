@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.comparison import Comparison
 from fedperfix.engine.device import cpu_computes_in_bf16
-
-_SETTLED = 31 << 20  # bytes, just below the most that glibc keeps for one allocation
+from fedperfix.run.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
     """
     seconds: dict[str, list[float]] = {name: [] for name in comparison.variants}
     processor: dict[str, list[float]] = {name: [] for name in comparison.variants}
-    _settle_memory(device)
+    keep_freed_memory()  # as training does; the baseline gains by it too
     inner = {
         name: _repetitions(variant, comparison.input_sets, device) for name, variant in comparison.variants.items()
     }
@@ -77,16 +76,6 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
     if device.type != "cpu":
         return {name: Spread.of(values) for name, values in seconds.items()}
     return {name: Spread.of(values, processor[name]) for name, values in seconds.items()}
-
-
-def _settle_memory(device: torch.device) -> None:
-    """Let one large tensor come and go on a CPU, as it does in any model's training.
-
-    After that the C library keeps what is freed. Until then it may give a call's megabytes back to the system and
-    take them again, page by page, in the next call: 397 pages and a seventh of the time of a small attention.
-    """
-    if device.type == "cpu":
-        torch.ones(_SETTLED // 4)
 
 
 def _repetitions(variant: Callable[[int], object], input_sets: int, device: torch.device) -> int:

@@ -39,6 +39,7 @@ from fedperfix.run.cli import cli, explain_error, reported
 from fedperfix.run.files import remove_parts, write_text
 from fedperfix.run.interrupt import Interrupted, interruptible
 from fedperfix.run.lock import locked
+from fedperfix.run.memory import keep_freed_memory
 from fedperfix.run.metrics import RoundMetrics
 from fedperfix.run.plots import PLOT, plot_run
 from fedperfix.run.progress import display, header, print_plain, summary
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code: 0, 2 for wrong input (one sentence on stderr), 130 when it was interrupted and saved.
     """
+    keep_freed_memory()
     with join(explain_error) as group:
         return reported(lambda: train(_configuration(argv, group), Console(quiet=not group.leader), group))
 

@@ -2,7 +2,7 @@
 
 PyTorch's own take several times as long as reading and writing does on a processor. The operators here are for
 eager training in float32 and half precision. A compiler fuses activations with what is around them, so under
-`torch.compile` and `torch.func` `gelu` and `tanh` are PyTorch's.
+`torch.compile` `gelu` and `tanh` are PyTorch's; under `torch.func` too, where there are gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def gelu(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    return _Gelu.apply(x) if _is_for_native(x) else F.gelu(x)
+    if not _is_for_native(x):
+        return F.gelu(x)
+    return _Gelu.apply(x) if is_eager() else torch.ops.fedperfix.gelu(x)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -55,12 +57,15 @@ def tanh(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    return _Tanh.apply(x) if _is_for_native(x) else torch.tanh(x)
+    if not _is_for_native(x):
+        return torch.tanh(x)
+    return _Tanh.apply(x) if is_eager() else torch.ops.fedperfix.tanh(x)
 
 
 def _is_for_native(x: Tensor) -> bool:
     return (
-        is_eager()
+        not torch.compiler.is_compiling()
+        and (is_eager() or not torch.is_grad_enabled())
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # the library's float64 is for tests
         and not native.obstacle()
@@ -97,6 +102,19 @@ def _fake(x: Tensor) -> Tensor:
 torch.library.register_fake("fedperfix::gelu", _fake, lib=_library)
 torch.library.register_fake("fedperfix::gelu_backward", lambda dout, x: _fake(x), lib=_library)
 torch.library.register_fake("fedperfix::tanh", _fake, lib=_library)
+
+
+def _mapped(operator: Any) -> Any:
+    """vmap of an elementwise operator: the mapped dimension stays where it is."""
+
+    def rule(info: Any, dims: Any, x: Tensor) -> tuple[Tensor, int]:
+        return operator(x), dims[0]
+
+    return rule
+
+
+torch.library.register_vmap("fedperfix::gelu", _mapped(torch.ops.fedperfix.gelu), lib=_library)
+torch.library.register_vmap("fedperfix::tanh", _mapped(torch.ops.fedperfix.tanh), lib=_library)
 
 
 def _save_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

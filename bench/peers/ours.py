@@ -16,10 +16,12 @@ from fedperfix.engine.parallel import add_workers, parallel_clients
 from fedperfix.engine.round import run_round
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import METHODS
+from fedperfix.run.memory import keep_freed_memory
 
 
 def play(work: Work, rounds: int, turns: Turns) -> dict[str, Tensor]:
     """All rounds; arguments and result as `bench.peers.contestant.play`."""
+    keep_freed_memory()  # as `fedperfix.train` does
     config, device, data = work.config(turns.precision), torch.device(work.device), work.data
     on_device = {name: getattr(data, name).to(device) for name in ("inputs", "labels")}
     parts = {name: tuple(x.to(device) for x in getattr(data, name)) for name in ("train", "test")}

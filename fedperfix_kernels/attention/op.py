@@ -243,26 +243,37 @@ torch.library.register_autograd("fedperfix::prefix_attention_backward", _no_seco
 
 
 class _Folding:
-    """Joins a mapped dimension of `size` V to the batch: image b of copy v becomes image b·V + v.
+    """Joins a mapped dimension of `size` V to the batch: image b of copy v becomes image v·B + b.
 
-    That order keeps `bias[b mod G]`: the copies of the biases are G·V, and (b·V + v) mod G·V = (b mod G)·V + v.
+    That is a view where the mapped dimension comes first. With a bias image b of copy v becomes image b·V + v
+    (`inside`), which keeps `bias[b mod G]`: the copies of the biases are G·V, and
+    (b·V + v) mod G·V = (b mod G)·V + v.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, inside: bool) -> None:
+        self.size, self.inside = size, inside
+
+    def place(self, at: int = 0) -> int:
+        """Where the mapped dimension is, of the two that are joined as dimension `at`."""
+        return at + 1 if self.inside else at
 
     def join(self, x: Tensor | None, dim: int | None, at: int = 0) -> Tensor | None:
         """[..., B·V, ...] from a tensor with (or, at None, without) the mapped dimension; B is dimension `at`."""
         if x is None:
             return None
-        x = x.unsqueeze(at + 1).expand(*x.shape[: at + 1], self.size, *x.shape[at + 1 :]) if dim is None else (
-            x.movedim(dim, at + 1)
-        )  # fmt: skip
+        place = self.place(at)
+        if dim is None:
+            x = x.unsqueeze(place).expand(*x.shape[:place], self.size, *x.shape[place:])
+        else:
+            x = x.movedim(dim, place)
         return x.flatten(at, at + 1)
 
     def part(self, x: Tensor, at: int = 0) -> Tensor:
-        """The inverse of `join`: the mapped dimension is `at` + 1 of the result."""
-        return x.unflatten(at, (x.shape[at] // self.size, self.size)) if x.numel() else x
+        """The inverse of `join`: the mapped dimension is at `place(at)` of the result."""
+        if not x.numel():
+            return x
+        sizes = (x.shape[at] // self.size, self.size)
+        return x.unflatten(at, sizes if self.inside else sizes[::-1])
 
     def options(
         self, batch: int, rows: int, values: tuple[Any, ...], dims: tuple[Any, ...], gate_per_copy: bool = False
@@ -277,17 +288,21 @@ class _Folding:
         gate, bias, key_mask, prefix_index = values
         gate_dim, bias_dim, mask_dim, index_dim = dims
         copies = torch.arange(self.size, device=gate.device)
+        copy = copies.repeat(batch) if self.inside else copies.repeat_interleave(batch)  # of each image
         if gate_per_copy and gate_dim is None:
             gate, gate_dim = gate.expand(self.size, *gate.shape), 0
         if prefix_index is not None:
-            prefix_index = self.join(prefix_index, index_dim) * self.size + copies.repeat(batch)
+            prefix_index = self.join(prefix_index, index_dim)
+            prefix_index = prefix_index * self.size + copy if self.inside else prefix_index + copy * rows
         elif rows == 1 and batch > 1:
-            prefix_index = copies.repeat(batch)
+            prefix_index = copy
         elif gate_dim is not None:
             prefix_index = torch.arange(batch * self.size, device=gate.device)
         if gate_dim is not None:  # a row for each row of the prefix table
-            gate = gate.movedim(gate_dim, -2)  # [V, H] or [T, V, H]
-            gate = (gate.expand(rows, -1, -1) if gate.dim() == 2 else gate).flatten(0, 1)
+            gate = gate.movedim(gate_dim, 0)
+            if gate.dim() == 2:
+                gate = gate[:, None].expand(-1, rows, -1)
+            gate = self.join(gate, 0)
         elif gate.dim() == 2:
             gate = self.join(gate, None)
         joined = [gate, self.join(bias, bias_dim), self.join(key_mask, mask_dim), prefix_index]
@@ -296,27 +311,27 @@ class _Folding:
 
 @torch.library.register_vmap("fedperfix::prefix_attention", lib=_library)
 def _vmap_forward(info, in_dims, q, k, v, prefix_k, prefix_v, *options):
-    folding = _Folding(info.batch_size)
+    folding = _Folding(info.batch_size, inside=options[1] is not None)
     tensors = [folding.join(x, dim) for x, dim in zip((q, k, v, prefix_k, prefix_v), in_dims[:5], strict=True)]
     rows = tensors[3].shape[0] // info.batch_size
     joined = folding.options(tensors[0].shape[0] // info.batch_size, rows, options[:4], in_dims[5:9])
     out, lse = torch.ops.fedperfix.prefix_attention(*_readable(*tensors), *joined, *options[4:])
-    return (folding.part(out), folding.part(lse, 1)), (1, 2)
+    return (folding.part(out), folding.part(lse, 1)), (folding.place(), folding.place(1))
 
 
 @torch.library.register_vmap("fedperfix::packed_prefix_attention", lib=_library)
 def _vmap_packed(info, in_dims, qkv, prefix, *options):
-    folding = _Folding(info.batch_size)
+    folding = _Folding(info.batch_size, inside=options[1] is not None)
     qkv, prefix = folding.join(qkv, in_dims[0]), folding.join(prefix, in_dims[1])
     rows = prefix.shape[0] // info.batch_size
     joined = folding.options(qkv.shape[0] // info.batch_size, rows, options[:4], in_dims[2:6])
     out, lse = torch.ops.fedperfix.packed_prefix_attention(*_readable(qkv, prefix), *joined, *options[4:])
-    return (folding.part(out), folding.part(lse, 1)), (1, 2)
+    return (folding.part(out), folding.part(lse, 1)), (folding.place(), folding.place(1))
 
 
 @torch.library.register_vmap("fedperfix::prefix_attention_backward", lib=_library)
 def _vmap_backward(info, in_dims, dout, out, lse, q, k, v, prefix_k, prefix_v, *options):
-    folding = _Folding(info.batch_size)
+    folding = _Folding(info.batch_size, inside=options[1] is not None)
     dout, out = folding.join(dout, in_dims[0]), folding.join(out, in_dims[1]).contiguous()
     lse = folding.join(lse, in_dims[2], 1).contiguous()
     tensors = [folding.join(x, dim) for x, dim in zip((q, k, v, prefix_k, prefix_v), in_dims[3:8], strict=True)]
@@ -327,11 +342,12 @@ def _vmap_backward(info, in_dims, dout, out, lse, q, k, v, prefix_k, prefix_v, *
         dout, out, lse, *_readable(*tensors), *joined, *options[4:]
     )
     one_gate = options[0].dim() - (in_dims[8] is not None) == 1
-    dgate = folding.part(dgate)
+    dgate, gate_place = folding.part(dgate), folding.place()
     if need_prefix and one_gate:  # its rows were copies of one gate
-        dgate = dgate.sum(0)
-    gate_dim = 0 if one_gate else 1
-    dims = (1, 1 if need_prefix else None, gate_dim if need_prefix else None, 1 if options[8] else None)
+        dgate, gate_place = dgate.sum(1 - gate_place), 0
+    places = (folding.place(), folding.place(), gate_place, folding.place())
+    there = (True, need_prefix, need_prefix, options[8])
+    dims = tuple(place if given else None for place, given in zip(places, there, strict=True))
     return (folding.part(dqkv), folding.part(dprefix), dgate, folding.part(dbias)), dims
 
 

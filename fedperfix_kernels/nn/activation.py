@@ -24,7 +24,7 @@ class NativeGELU(nn.GELU):
 def set_activations(model: nn.Module, implementation: str) -> None:
     """Choose what computes every exact nn.GELU and the tanh of every adapter in `model`, in place.
 
-    Under `torch.compile` and `torch.func` they are PyTorch's in any case.
+    Under `torch.compile`, and under `torch.func` where there are gradients, they are PyTorch's in any case.
 
     Args:
         model: any module.

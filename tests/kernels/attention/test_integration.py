@@ -236,12 +236,13 @@ def test_vmap_of_grad_equals_a_loop(case: str, mode: str, backend: str, device: 
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
-def test_vmap_with_bias_key_mask_and_table(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_vmap_with_bias_key_mask_and_table(biased: bool, backend: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 4, 9, 3, 2, 16, generator=generator).to(device)
     table = torch.randn(5, 9, 2, 2, 16, generator=generator).to(device)
     gates = torch.rand(5, 2, generator=generator).to(device)
-    bias = torch.randn(2, 2, 9, 9, generator=generator).to(device)
+    bias = torch.randn(2, 2, 9, 9, generator=generator).to(device) if biased else None
     key_mask = torch.rand(3, 4, 9, generator=generator).to(device) > 0.3
     index = torch.randint(5, (3, 4), generator=generator).to(device)
 
