@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.comparison import Comparison
 from fedperfix.engine.device import cpu_computes_in_bf16
-from fedperfix.run.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ def wall_times(comparison: Comparison, device: torch.device, budget: float) -> d
     """
     seconds: dict[str, list[float]] = {name: [] for name in comparison.variants}
     processor: dict[str, list[float]] = {name: [] for name in comparison.variants}
-    keep_freed_memory()  # as training does; the baseline gains by it too
     inner = {
         name: _repetitions(variant, comparison.input_sets, device) for name, variant in comparison.variants.items()
     }

@@ -19,6 +19,7 @@ from fedperfix.engine.round import run_round, sample_clients
 from fedperfix.engine.state import FederatedState
 from fedperfix.methods import method_class
 from fedperfix.models import create_model
+from fedperfix.run.memory import keep_freed_memory
 
 PASSES, ROUND = "passes alone", "fedperfix"
 _CLASSES, _CHANNELS, _SIZE = 10, 1, 28
@@ -80,6 +81,7 @@ def _comparison(title: str, config: TrainConfig, device: torch.device, at_a_time
 
 def federation(config: TrainConfig, device: torch.device) -> tuple[Worker, FederatedState]:
     """A worker with `_TRAIN` and `_TEST` random images per client, and the state before the first round."""
+    keep_freed_memory()  # as `fedperfix.train` does, for all that is compared with it
     generator = torch.Generator().manual_seed(0)
     each = _TRAIN + _TEST
     number = config.clients * each
