@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 
 # Processes of pytest-xdist share the cores. PyTorch reads this when it starts, here and in processes of tests.
@@ -79,6 +81,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def cpp_compiler() -> None:
+    """Skips a test that compiles a model for a processor where there is no C++ compiler."""
+    if shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is None:
+        pytest.skip("needs a C++ compiler")
 
 
 def pytest_configure(config: pytest.Config) -> None:

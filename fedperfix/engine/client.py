@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedperfix.config import ConfigError, TrainConfig
 from fedperfix.data import FederatedData, Preprocess
-from fedperfix.engine.device import autocast_dtype, linear_implementation
+from fedperfix.engine.device import autocast_dtype, check_compiler, linear_implementation
 from fedperfix.engine.state import FederatedState, Server
 from fedperfix.methods import Method
 from fedperfix.randomness import numpy_generator, torch_seed
@@ -68,6 +68,8 @@ class Worker:
         self.config = config
         self.device = device
         self.dtype = autocast_dtype(config.precision, device)
+        if config.compile:
+            check_compiler(device)
         # Compiled for one shape, a full batch in training; smaller ones are filled up to it, tests run uncompiled.
         capture = "reduce-overhead" if device.type == "cuda" else "default"
         self._compiled = torch.compile(self.model, dynamic=False, mode=capture) if config.compile else self.model

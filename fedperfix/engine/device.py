@@ -75,6 +75,25 @@ def linear_implementation(wanted: str, device: torch.device, dtype: torch.dtype 
     return wanted
 
 
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile a model for a processor where PyTorch finds no C++ compiler.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor import cpp_builder, exc  # takes a second, and `--compile` loads it anyway
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise ConfigError(
+            "--compile: got True, but PyTorch finds no C++ compiler, which it needs for a CPU; install g++ "
+            "(or name another in the variable CXX), or leave --compile out"
+        ) from None
+
+
 def cpu_computes_in_bf16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16).
 

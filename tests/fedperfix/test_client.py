@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,6 +217,7 @@ def test_smaller_batches_are_filled_up_for_the_compiled_step() -> None:
     assert shapes == [8, 8, 8]  # copies would change the statistics
 
 
+@pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.slow
 def test_a_compiled_step_takes_the_same_steps() -> None:
     """Two batches of full size and a smaller last one; both ways round differently, so almost the same."""
@@ -226,6 +230,15 @@ def test_a_compiled_step_takes_the_same_steps() -> None:
         trained.append(worker.arena.flat.clone())
     assert not torch.equal(trained[0], state.server.shared[0])
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_cpp_compiler_a_compiled_step_is_refused() -> None:
+    check = "import torch; from fedperfix.engine.device import check_compiler; check_compiler(torch.device('cpu'))"
+    without = {name: value for name, value in os.environ.items() if name not in ("CXX", "CONDA_PREFIX")}
+    run = subprocess.run(
+        [sys.executable, "-c", check], env=without | {"PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert "ConfigError: --compile: got True, but PyTorch finds no C++ compiler" in run.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

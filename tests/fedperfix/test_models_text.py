@@ -151,6 +151,7 @@ def test_training_learns_which_word_matters() -> None:
     assert result.train_accuracy > 80
 
 
+@pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.slow
 def test_compiled_training_is_the_same() -> None:
     meters, texts = [], dataset()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fedperfix_kernels import apply_prefix, native
+from fedperfix_kernels import activation, apply_prefix, native
 from fedperfix_kernels.activation import gelu, tanh
 from fedperfix_kernels.nn import NativeGELU, set_activations
 
@@ -105,8 +105,20 @@ def test_transformed_and_compiled_they_are_pytorchs(monkeypatch: pytest.MonkeyPa
     x = numbers(12).view(3, 4)
     torch.testing.assert_close(torch.func.vmap(gelu)(x), F.gelu(x))
     torch.testing.assert_close(torch.func.grad(lambda x: tanh(x).sum())(x), 1 - torch.tanh(x).square())
-    compiled = torch.compile(lambda x: gelu(x) + tanh(x), fullgraph=True)
+    compiled = torch.compile(lambda x: gelu(x) + tanh(x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.gelu(x) + torch.tanh(x))
+
+
+def test_mapped_without_gradients_they_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, run = [], activation._run
+    monkeypatch.setattr(activation, "_run", lambda name, x: calls.append((name, tuple(x.shape))) or run(name, x))
+    x = numbers(12).view(3, 4)
+    with torch.no_grad():
+        for function, expected in ((gelu, F.gelu(x)), (tanh, torch.tanh(x))):
+            torch.testing.assert_close(torch.func.vmap(function)(x), expected)
+            torch.testing.assert_close(torch.func.vmap(function, 1, 1)(x), expected)
+    assert {name for name, _ in calls} == {"gelu_forward", "tanh_forward"}
+    assert len(calls) == 4  # one call for all rows
 
 
 def test_wrong_input_is_refused() -> None:

@@ -109,6 +109,7 @@ def test_vmap_of_values_and_gradients(dims: tuple[int | None, ...]) -> None:
 
 
 @needs_onednn
+@pytest.mark.usefixtures("cpp_compiler")
 def test_compiled_without_a_graph_break() -> None:
     given = leaves((6, 7), (4, 7), (4,))
     compiled = torch.compile(lambda *x: by_onednn(*x).relu().sum(), fullgraph=True)
@@ -171,6 +172,7 @@ def test_every_product_of_a_model_is_onednns_and_torch_takes_them_back(
 
 
 @needs_onednn
+@pytest.mark.usefixtures("cpp_compiler")
 def test_a_chosen_model_can_be_copied_mapped_and_compiled() -> None:
     model, images = vit(backend="torch"), random(3, 3, 8, 8)
     set_linear(model, "onednn")

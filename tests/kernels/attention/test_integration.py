@@ -155,6 +155,7 @@ def test_opcheck_with_everything(mode: str, backend: str, device: torch.device) 
     torch.library.opcheck(ops.prefix_attention_backward, arguments, test_utils=tests)
 
 
+@pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.parametrize(("mode", "backend"), each_mode(BACKENDS))
 def test_torch_compile_without_graph_breaks(mode: str, backend: str, device: torch.device) -> None:
     inputs = make_inputs(Case(2, 17, 2, 16), device, torch.float32)
