@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_vmap
 
 from fedperfix_kernels import native
-from fedperfix_kernels.autograd import eager_function, is_eager
+from fedperfix_kernels.autograd import eager_function, is_eager, wants_derivative
 from fedperfix_kernels.checks import check_tensor, describe, message
 from fedperfix_kernels.native import library
 
@@ -42,9 +43,7 @@ def gelu(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    if not _is_for_native(x):
-        return F.gelu(x)
-    return _Gelu.apply(x) if is_eager() else torch.ops.fedperfix.gelu(x)
+    return _computed(x, _Gelu, torch.ops.fedperfix.gelu) if _is_for_native(x) else F.gelu(x)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -57,15 +56,17 @@ def tanh(x: Tensor) -> Tensor:
         TypeError: x is no tensor.
     """
     check_tensor("x", x)
-    if not _is_for_native(x):
-        return torch.tanh(x)
-    return _Tanh.apply(x) if is_eager() else torch.ops.fedperfix.tanh(x)
+    return _computed(x, _Tanh, torch.ops.fedperfix.tanh) if _is_for_native(x) else torch.tanh(x)
+
+
+def _computed(x: Tensor, eager: type[torch.autograd.Function], operator: Any) -> Tensor:
+    return eager.apply(x) if is_eager() else operator(x)
 
 
 def _is_for_native(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and (is_eager() or not torch.is_grad_enabled())
+        and (is_eager() or not wants_derivative())
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # the library's float64 is for tests
         and not native.obstacle()
@@ -113,8 +114,8 @@ def _mapped(operator: Any) -> Any:
     return rule
 
 
-torch.library.register_vmap("fedperfix::gelu", _mapped(torch.ops.fedperfix.gelu), lib=_library)
-torch.library.register_vmap("fedperfix::tanh", _mapped(torch.ops.fedperfix.tanh), lib=_library)
+register_vmap("fedperfix::gelu", _mapped(torch.ops.fedperfix.gelu), lib=_library)
+register_vmap("fedperfix::tanh", _mapped(torch.ops.fedperfix.tanh), lib=_library)
 
 
 def _save_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

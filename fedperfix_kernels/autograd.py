@@ -18,6 +18,14 @@ def is_eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
+def wants_derivative() -> bool:
+    """Whether PyTorch may ask for a derivative of what is computed now, backward or forward.
+
+    `torch.no_grad` ends the former only: dual numbers keep their tangents in it.
+    """
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def eager_function(
     name: str, forward: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]
 ) -> type[torch.autograd.Function]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedperfix_kernels.autograd import eager_function, is_eager
+from fedperfix_kernels.autograd import eager_function, is_eager, wants_derivative
 from fedperfix_kernels.checks import check_choice, describe, message
 
 IMPLEMENTATIONS = ("torch", "onednn")
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
+    if not wants_derivative():
         return _product(x, weight, bias)
     return (_EagerLinear if is_eager() else _Linear).apply(x, weight, bias)
 

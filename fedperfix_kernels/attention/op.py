@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fedperfix_kernels.attention import native_launch
 from fedperfix_kernels.attention.inputs import Inputs
-from fedperfix_kernels.autograd import eager_function, is_eager
+from fedperfix_kernels.autograd import eager_function, is_eager, wants_derivative
 
 _library = torch.library.Library("fedperfix", "FRAGMENT")
 _OPTIONS = (
@@ -229,7 +229,7 @@ def apply(*arguments: Any, packed: bool) -> Tensor:
     eager, functional = _FUNCTIONS[operator]
     if not is_eager():
         return functional.apply(*arguments)[0]
-    return (eager.apply if torch.is_grad_enabled() else operator)(*arguments)[0]
+    return (eager.apply if wants_derivative() else operator)(*arguments)[0]
 
 
 torch.library.register_autograd("fedperfix::prefix_attention", _gradients, setup_context=_save, lib=_library)
