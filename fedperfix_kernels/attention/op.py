@@ -269,8 +269,11 @@ class _Folding:
         return x.flatten(at, at + 1)
 
     def part(self, x: Tensor, at: int = 0) -> Tensor:
-        """The inverse of `join`: the mapped dimension is at `place(at)` of the result."""
-        if not x.numel():
+        """The inverse of `join`: the mapped dimension is at `place(at)` of the result.
+
+        A gradient that nobody wants is empty and stays as it is.
+        """
+        if x.shape[at] == 0:
             return x
         sizes = (x.shape[at] // self.size, self.size)
         return x.unflatten(at, sizes if self.inside else sizes[::-1])

@@ -228,12 +228,12 @@ static void write_rows(enum dtype dtype, const real *from, long pitch, long rows
     FOR_DTYPE(write_rows_as, dtype, from, pitch, rows, count, factor, to, step)
 }
 
-/* to[i] = factor · from[i] for `count` elements of `dtype`. */
+/* One row of `read_rows`, without padding. */
 static void read_row(enum dtype dtype, const void *from, long count, real factor, real *to) {
     FOR_DTYPE(read_rows_as, dtype, from, 0, 1, count, factor, to, 0, count)
 }
 
-/* to[i] = factor · from[i] for `count` elements of `dtype`. */
+/* One row of `write_rows`. */
 static void write_row(enum dtype dtype, const real *from, long count, real factor, void *to) {
     FOR_DTYPE(write_rows_as, dtype, from, 0, 1, count, factor, to, 0)
 }

@@ -236,6 +236,23 @@ def test_vmap_of_grad_equals_a_loop(case: str, mode: str, backend: str, device: 
             torch.testing.assert_close(found[copy], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", ["gated", "concat"])
+def test_vmap_of_grad_without_prefix_keys(mode: str, backend: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 2, 9, 3, 2, 16, generator=generator).to(device)
+    prefix, gate = qkv.new_empty(3, 2, 0, 2, 2, 16), torch.rand(3, 2, generator=generator).to(device)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        def loss(*inputs: Tensor) -> Tensor:
+            return packed_prefix_attention(*inputs, mode=mode, backend=backend).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(qkv, prefix, gate)
+
+    for found, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_vmap_with_bias_key_mask_and_table(biased: bool, backend: str, device: torch.device) -> None:
