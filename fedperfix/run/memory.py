@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
 
     A pass over a batch takes and frees tens of megabytes again and again. By its own rule glibc returns them each
     time, and the system clears every page before it lends it again: a tenth to a quarter of a test pass of a small
-    model on a CPU. Tensors above 32 MiB are returned as before. Does nothing with another C library, or where the user has
-    set one of glibc's variables.
+    model on a CPU. Tensors above 32 MiB are returned as before. Does nothing with another C library, or where the
+    user has set one of glibc's variables.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or any(name in os.environ for name in _USERS_OWN):
